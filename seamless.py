@@ -1,0 +1,637 @@
+"""Seamless Scene Segmentation: one network for things and stuff (Porzi, Rota Bulò, Colovic, Kontschieder, CVPR 2019).
+
+What goes wrong without it.  Panoptic segmentation gives every pixel a category and, if it is a thing, an instance.  The
+challenges of 2018 were won by TWO networks whose outputs were glued together: one detects things, one paints stuff.  Both
+learn the same edges and textures; parameters and computation are paid twice.
+
+The idea.  One ResNet + feature pyramid, two light branches, one rule that fuses them:
+
+    image --> ResNet --> FPN, strides 4 8 16 32 (64 128)
+                          |--> region proposal head  --> boxes --> region segmentation head --> class, box, 28x28 mask --.
+                          `--> MiniDL x4 --> concatenate --> 1x1 --> a category for each pixel --------------------------+--> fuse
+
+The new part is the semantic head.  DeepLab looks at the whole picture through a GLOBAL average pooling; that ties the
+network to the picture size it was trained on.  MiniDL pools over a fixed 64x64 window with stride 1, so it computes at test
+time what it computed in training, whatever the size of the picture (`python seamless.py` measures that).
+
+What the paper claims: 51.43 M parameters and 0.514 T multiply-adds at 1024x2048 where two networks take 78.06 M and
+0.864 T; PQ 59.8 on Cityscapes, 36.2 on Mapillary Vistas; both equal to two networks within 0.3 points.
+
+    python seamless.py            the ledger of parameters and multiply-adds, and the figure on larger test pictures
+    pytest tests/test_seamless.py the claims of this file as an executable spec
+
+Shapes: an image is float [3, H, W] in 0..1; boxes are float [N, 4] x1 y1 x2 y2 in pixels, half open; a target has
+`segments` int64 [H, W] (0 void), `categories` [N], `crowd` [N], `boxes` [N, 4], `truncated` [N, 4].
+"""
+import argparse
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+IGNORE = -1    # the semantic target of void and crowd pixels: no loss reads them
+SLOPE = 0.01   # of LeakyReLU, section 3.1
+
+
+class Prediction(NamedTuple):
+    """What a model says about one image.  `instances` are the detections before they were fused (dict of boxes [D, 4], masks
+    bool [D, H, W], scores [D], categories [D]); `scores` [N] belong to the fused segments, 1 for stuff."""
+    segments: torch.Tensor     # int64 [H, W], 0 is void
+    categories: torch.Tensor   # int64 [N], of segment k at k - 1
+    scores: torch.Tensor       # float [N]
+    instances: dict
+
+
+# --- 3.1 Shared backbone --------------------------------------------------------------------------------------------------
+# The paper replaces every batch norm + ReLU by In-Place Activated Batch Norm: it stores the OUTPUT of the activation only and
+# inverts it in the backward pass, which needs an activation that can be inverted, hence LeakyReLU(0.01) for ReLU.  Up to half
+# of the activation memory is saved.
+# Deviation: a plain batch norm followed by LeakyReLU computes the very same numbers and needs no compiled extension; it costs
+# that memory (the norm keeps its input for the backward pass, one more map per layer).
+# Statistics shared by all GPUs come from `nn.SyncBatchNorm.convert_sync_batchnorm`, which works on GPUs only; on a CPU the
+# norm stays a plain one.
+
+def leaky():
+    """The activation of the whole network."""
+    return nn.LeakyReLU(SLOPE, inplace=True)
+
+
+def conv_norm(c_in, c_out, kernel, stride=1, dilation=1):
+    """Convolution, batch norm, LeakyReLU: the "convolution" of the paper (no bias: the norm has one)."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, bias=False), nn.BatchNorm2d(c_out), leaky())
+
+
+class ExtraLevels(ExtraFPNBlock):
+    """Strides 64 and 128, "akin to the original FPN": every second pixel of the level before, no parameters."""
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, results, inputs, names):
+        for i in range(self.count):
+            results, names = results + [F.max_pool2d(results[-1], 1, 2)], names + [f"extra{i}"]
+        return results, names
+
+
+def thin_resnet(width, blocks):
+    """A ResNet of basic blocks whose first stage has `width` channels instead of 64: torchvision's class, rebuilt thinner."""
+    block = torchvision.models.resnet.BasicBlock
+    net = torchvision.models.ResNet(block, list(blocks))
+    net.conv1, net.bn1, net.inplanes = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), width
+    for i, n in enumerate(blocks):
+        setattr(net, f"layer{i + 1}", net._make_layer(block, width << i, n, stride=1 if i == 0 else 2))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+class Body(nn.Module):
+    """ResNet + FPN.  images [B, 3, H, W] in 0..1 -> {stride: [B, channels, ceil(H / stride), ceil(W / stride)]}.
+
+    `frozen` counts the leading stages that do not learn (1: the stem, 2: conv2 as well, ...): ImageNet has taught them what
+    edges are, and a batch of a few images would teach them less.  `frozen_norm` does the same to every batch norm of the
+    ResNet.  Frozen norms stay in evaluation mode, else their statistics would go on learning.
+    """
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, RGB
+
+    def __init__(self, resnet, width=256, extra=0, frozen=0, frozen_norm=False):
+        super().__init__()
+        for m in resnet.modules():                               # torchvision's blocks share one ReLU: replace it everywhere
+            if isinstance(getattr(m, "relu", None), nn.ReLU):
+                m.relu = leaky()
+        r = resnet
+        self.stages = nn.ModuleList([nn.Sequential(r.conv1, r.bn1, r.relu, r.maxpool), r.layer1, r.layer2, r.layer3, r.layer4])
+        probe = [stage[-1] for stage in self.stages[1:]]         # the last block of a stage knows how many channels it gives
+        c_in = [(getattr(b, "bn3", None) or b.bn2).num_features for b in probe]
+        # Choice: batch norm without activation after the pyramid's convolutions (the paper draws none; without a norm the
+        # pyramid's scale drifts when all is trained from scratch).
+        self.fpn = FeaturePyramidNetwork(c_in, width, ExtraLevels(extra) if extra else None, nn.BatchNorm2d)
+        self.strides, self.channels = [4 << i for i in range(4 + extra)], width
+        self.frozen, self.frozen_norm = frozen, frozen_norm
+        self.register_buffer("pixel_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
+        for p in [p for m in self._frozen_modules() for p in m.parameters()]:
+            p.requires_grad_(False)
+
+    def _frozen_modules(self):
+        norms = [m for m in self.stages.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if self.frozen_norm else []
+        return [*self.stages[:self.frozen], *norms]
+
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self._frozen_modules():
+            m.eval()
+        return self
+
+    def forward(self, images):
+        x = (images - self.pixel_mean) / self.pixel_std
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            maps[str(i)] = x
+        del maps["0"]                                            # conv1's output is no level of the pyramid
+        return dict(zip(self.strides, self.fpn(maps).values()))
+
+
+def resnet_fpn(name="resnet50", width=256, extra=0, weights=None, frozen=0, frozen_norm=False):
+    """Section 3.1's body.  `name`: resnet18/34/50/101 of torchvision, or tiny/small (thin, for CPUs).  `weights`: None, a
+    torchvision weights entry such as "DEFAULT" (ImageNet, downloaded by torchvision), or a state dict of that ResNet.
+    The paper: resnet50, width 256, extra 0 to 2 by data set, ImageNet, frozen=2 (stem and conv2) and frozen norms; its
+    variant "no freeze, decay BN" is frozen=0, frozen_norm=False and no weight decay on norms (an optimiser's business)."""
+    thin = {"tiny": (32, (1, 1, 1, 1)), "small": (32, (2, 2, 2, 2))}
+    if name in thin:
+        if weights is not None:
+            raise ValueError(f"the thin body {name!r} has no ImageNet weights; use weights=None or a torchvision ResNet")
+        return Body(thin_resnet(*thin[name]), width, extra, frozen, frozen_norm)
+    if not (name.startswith("resnet") and name in torchvision.models.list_models()):
+        raise ValueError(f"unknown body {name!r}; use tiny, small, resnet18, resnet34, resnet50 or resnet101")
+    state = weights if isinstance(weights, dict) else None
+    net = torchvision.models.get_model(name, weights=None if state else weights)
+    if state:
+        net.load_state_dict(state)
+    return Body(net, width, extra, frozen, frozen_norm)
+
+
+# --- 3.2 Boxes: anchors, deltas, levels -----------------------------------------------------------------------------------
+
+def encode(boxes, anchors):
+    """(c_G - c_A) / d_A and log(d_G / d_A): [N, 4] boxes against [N, 4] anchors -> deltas [N, 4]."""
+    d_a, d_g = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    return torch.cat([(boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2 / d_a, (d_g / d_a).log()], 1)
+
+
+def decode(deltas, anchors, limit=math.log(1000 / 16)):
+    """The inverse: û = u_a + o_u w_a, ŵ = w_a e^{o_w}; [N, 4].  `limit` keeps an untrained network's exp from overflowing."""
+    d_a, c_a = anchors[:, 2:] - anchors[:, :2], (anchors[:, :2] + anchors[:, 2:]) / 2
+    c, d = c_a + deltas[:, :2] * d_a, d_a * deltas[:, 2:].clamp(max=limit).exp()
+    return torch.cat([c - d / 2, c + d / 2], 1)
+
+
+def box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
+    """Mask R-CNN's box loss, smooth L1 on the deltas: sum over the four of z^2 / 2β if |z| <= β else |z| - β/2.  -> [N].
+    The last two arguments are there for losses that know about crops and are ignored here."""
+    return F.smooth_l1_loss(deltas, encode(gt_boxes, anchors), beta=beta, reduction="none").sum(1)
+
+
+def pyramid_level(boxes, levels=4, canonical=224, k0=3):
+    """k = max(1, min(4, floor(3 + log2(sqrt(w h) / 224)))), int64 [N] in 1..levels: the pyramid level that serves a box.
+    Deviation: the paper's text sets the root over the fraction too; Mask R-CNN, which it cites, has it as here: the scale of
+    an object is a length, and doubling it moves it one level up."""
+    scale = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6).prod(1).sqrt()
+    return (k0 + (scale / canonical).log2()).floor().clamp(1, levels).long()
+
+
+def make_anchors(feature_size, stride, size, ratios, device=None):
+    """All anchors of one level: [h * w * R, 4] in pixels, area size^2, ratio h/w, row by row.
+
+    The 3x3 convolution of the head has stride 2 and padding 1, so output cell (i, j) looks at the feature around (2i, 2j):
+    its anchors are centred there, at ((2j + .5) stride, (2i + .5) stride), not in the middle of the four features it skips."""
+    h, w = feature_size
+    y, x = ((2 * torch.arange(n, device=device) + 0.5) * stride for n in (h, w))
+    r = torch.tensor(ratios, device=device).sqrt()
+    half = torch.stack([size / r, size * r], 1) / 2                                              # [R, 2] half width, half height
+    centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]                    # [h, w, 1, 2]
+    return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
+
+
+def inside(boxes, image_size):
+    """bool [N]: is the box entirely contained in an image of (height, width)?"""
+    h, w = image_size
+    return (boxes[:, 0] >= 0) & (boxes[:, 1] >= 0) & (boxes[:, 2] <= w) & (boxes[:, 3] <= h)
+
+
+def void_fraction(boxes, void):
+    """Share of each box that is void: boxes [N, 4], void bool [H, W] -> [N], by one summed-area table, whatever N is."""
+    table = F.pad(void.float().cumsum(0).cumsum(1), (1, 0, 1, 0))                                # [H + 1, W + 1]
+    h, w = void.shape
+    x1, x2 = (boxes[:, i].round().long().clamp(0, w) for i in (0, 2))
+    y1, y2 = (boxes[:, i].round().long().clamp(0, h) for i in (1, 3))
+    total = table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]
+    return total / ((x2 - x1) * (y2 - y1)).clamp(min=1)
+
+
+def match(boxes, gt_boxes, high, low, rescue=False):
+    """For each of N boxes the ground truth of highest IoU: (index int64 [N], label int64 [N]); label 1 above `high`, 0 below
+    `low`, IGNORE between.  `rescue`: the best box of a ground truth is positive however low its IoU (ties all win)."""
+    if len(gt_boxes) == 0:
+        zeros = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
+        return zeros, zeros.clone()
+    iou = box_iou(gt_boxes, boxes)                                                               # [G, N]
+    best, index = iou.max(0)
+    label = torch.full_like(index, IGNORE)
+    label[best < low] = 0
+    label[best >= high] = 1
+    if rescue and len(boxes):
+        top = iou.max(1, keepdim=True).values
+        g, n = torch.where((iou == top) & (top > 0))
+        index[n], label[n] = g, 1
+    return index, label
+
+
+def sample(label, count, positive_share, generator=None):
+    """Draw `count` of the boxes with label 1 or 0, at most `positive_share` positives: (positives, negatives) as indices."""
+    def draw(index, n):
+        return index[torch.randperm(len(index), device=index.device)[:n]] if len(index) > n else index
+    positive = draw(torch.where(label == 1)[0], int(count * positive_share))
+    return positive, draw(torch.where(label == 0)[0], count - len(positive))
+
+
+def thing_truth(target, isthing):
+    """The ground truth of the instance branch: segment ids k [G], boxes, truncated, categories of the things that are no crowd."""
+    keep = isthing[target.categories] & ~target.crowd
+    return torch.where(keep)[0] + 1, target.boxes[keep], target.truncated[keep], target.categories[keep]
+
+
+def void_mask(target):
+    """bool [H, W]: the pixels that are void or belong to a crowd region; nothing is learnt there."""
+    return torch.cat([target.crowd.new_ones(1), target.crowd])[target.segments]
+
+
+# --- 3.2 Region proposal head ---------------------------------------------------------------------------------------------
+
+class RegionProposalHead(nn.Module):
+    """RPH: a stride-2 3x3 convolution, norm, 1x1 with 5 channels an anchor (o_u o_v o_w o_h o_s); shared by all levels.
+
+    Only anchors that lie entirely inside the image exist (the set A of 3.2), in training and at test time.  For an object
+    that a crop has cut this means: no anchor is centred on its true middle or has its true size; it is explained by the
+    anchors around its visible part, whose regression must reach beyond the crop's edge if the box is to be right.
+    """
+    def __init__(self, channels, strides, hidden=256, anchor_scale=8, ratios=(0.5, 1, 2), box_loss=box_loss,
+                 nms_threshold=0.7, before=(12000, 6000), after=(2000, 1000), samples=256):
+        super().__init__()
+        self.strides, self.anchor_scale, self.ratios, self.box_loss = list(strides), anchor_scale, tuple(ratios), box_loss
+        self.nms_threshold, self.before, self.after, self.samples = nms_threshold, before, after, samples
+        self.conv, self.norm, self.act = nn.Conv2d(channels, hidden, 3, 2, 1, bias=False), nn.BatchNorm2d(hidden), leaky()
+        self.out = nn.Conv2d(hidden, 5 * len(ratios), 1)
+        nn.init.normal_(self.out.weight, std=0.01)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features, image_size):
+        """-> scores [B, A] (logits), deltas [B, A, 4], anchors [A, 4], level of each anchor [A]; anchors outside are gone.
+
+        Choice: the levels pass through the norm together, as one long row of pixels.  Its running statistics are shared;
+        normalising each level by its own in training would show the 1x1 convolution other numbers than it meets later."""
+        maps = [self.conv(features[s]) for s in self.strides]
+        sizes = [m.shape[-2:] for m in maps]
+        x = torch.cat([m.flatten(2) for m in maps], 2)[..., None]                                # [B, hidden, sum hw, 1]
+        x = self.out(self.act(self.norm(x)))[..., 0].float()                                     # [B, 5 R, sum hw]
+        x = x.view(len(x), len(self.ratios), 5, -1).permute(0, 3, 1, 2).flatten(1, 2)            # [B, sum hw * R, 5]
+        anchors = [make_anchors(hw, s, self.anchor_scale * s, self.ratios, x.device) for hw, s in zip(sizes, self.strides)]
+        level = torch.cat([torch.full((len(a),), i, device=x.device) for i, a in enumerate(anchors)])
+        anchors = torch.cat(anchors)
+        keep = inside(anchors, image_size)
+        return x[:, keep, 4], x[:, keep, :4], anchors[keep], level[keep]
+
+    @torch.no_grad()
+    def proposals(self, scores, deltas, anchors, level, image_size):
+        """One image: the best `before` anchors of each level, decoded, clipped to the image, NMS level by level -> [P, 4]."""
+        before, after = (n[0] if self.training else n[1] for n in (self.before, self.after))
+        order = torch.cat([i[scores[i].topk(min(before, len(i))).indices] for i in
+                           (torch.where(level == k)[0] for k in range(len(self.strides)))])
+        boxes = clip_boxes_to_image(decode(deltas[order], anchors[order]), image_size)
+        large = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1                                       # a box without a pixel pools nothing
+        boxes, scores, level = boxes[large], scores[order][large], level[order][large]
+        return boxes[batched_nms(boxes, scores, level, self.nms_threshold)[:after]]
+
+    def losses(self, scores, deltas, anchors, targets, isthing, image_size):
+        """Mask R-CNN's: of 256 sampled anchors an image, cross entropy on the score, box loss on the positives (IoU >= .7 or
+        best of an object); negatives have IoU < .3.  Anchors mostly over void or crowd are neither."""
+        objectness, regression = [], []
+        for s, d, t in zip(scores, deltas, targets):
+            _, gt, truncated, _ = thing_truth(t, isthing)
+            index, label = match(anchors, gt, 0.7, 0.3, rescue=True)
+            label[(label == 0) & (void_fraction(anchors, void_mask(t)) > 0.7)] = IGNORE
+            positive, negative = sample(label, self.samples, 0.5)
+            logits = torch.cat([s[positive], s[negative]])
+            truth = torch.cat([torch.ones_like(s[positive]), torch.zeros_like(s[negative])])
+            objectness.append(F.binary_cross_entropy_with_logits(logits, truth, reduction="sum"))
+            g = index[positive] if len(gt) else positive
+            regression.append(self.box_loss(d[positive], gt[g], anchors[positive], 1 / 9, image_size, truncated[g]).sum())
+        n = self.samples * len(targets)
+        return {"rph_score": sum(objectness) / n, "rph_box": sum(regression) / n}
+
+
+# --- 3.2 Region segmentation head -----------------------------------------------------------------------------------------
+
+def group_norm(channels):
+    """GN with 32 groups (its paper's default), fewer for thin layers so that a group keeps four channels."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
+
+
+class RegionSegmentationHead(nn.Module):
+    """RSH: 14x14 RoIAlign, then two branches: (class, box of each class) and (mask of each class, 28x28).
+
+    Choice: 14x14 features of 256 channels fed literally into a fully connected layer of 1024 are 51 M weights in that layer
+    alone, and 86.8 M in the whole network where the paper counts 51.43 M.  A 2x2 average pooling first makes them 12.8 M.
+    """
+    def __init__(self, channels, strides, classes, canonical=224, box_channels=1024, mask_channels=256, box_loss=box_loss,
+                 samples=512, score_threshold=0.05, nms_threshold=0.5, detections=100):
+        super().__init__()
+        self.strides, self.classes, self.canonical, self.box_loss = list(strides)[:4], classes, canonical, box_loss
+        self.samples, self.score_threshold, self.nms_threshold, self.detections = samples, score_threshold, nms_threshold, detections
+        c, m = box_channels, mask_channels
+        self.fc = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(channels * 49, c, bias=False), group_norm(c), leaky(),
+                                nn.Linear(c, c, bias=False), group_norm(c), leaky())
+        self.out = nn.Linear(c, 5 * classes + 1)                                                 # classes + 1 scores, 4 deltas a class
+        convs = [layer for i in range(4) for layer in
+                 (nn.Conv2d(m if i else channels, m, 3, padding=1, bias=False), group_norm(m), leaky())]
+        self.mask = nn.Sequential(*convs, nn.ConvTranspose2d(m, m, 2, 2, bias=False), group_norm(m), leaky(), nn.Conv2d(m, classes, 1))
+        nn.init.normal_(self.out.weight, std=0.01)
+        nn.init.zeros_(self.out.bias)
+
+    def pool(self, features, boxes):
+        """RoIAlign on the level of `pyramid_level`: list of [P_b, 4] -> [sum P, channels, 14, 14], in the order of the boxes."""
+        rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])               # [P, 5] with the image's number
+        level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
+        pooled = rois.new_zeros(len(rois), features[4].shape[1], 14, 14)
+        for k, stride in enumerate(self.strides, 1):
+            mine = torch.where(level == k)[0]
+            # float32: bf16 has 8 bits, too few for coordinates.  aligned=True: pixel centres at +.5, the convention of boxes.
+            pooled[mine] = roi_align(features[stride].float(), rois[mine], 14, 1 / stride, sampling_ratio=2, aligned=True)
+        return pooled
+
+    def classify(self, pooled):
+        """-> logits [P, 1 + classes] (void first), deltas [P, classes, 4]."""
+        x = self.out(self.fc(pooled)).float()
+        logits, deltas = x.split([self.classes + 1, 4 * self.classes], 1)
+        # Mask R-CNN's constants (10, 10, 5, 5): corrections of a good proposal are small, their targets get unit variance.
+        return logits, deltas.reshape(len(x), self.classes, 4) / x.new_tensor([10, 10, 5, 5])
+
+    def losses(self, features, proposals, targets, isthing, thing_index, image_size):
+        """Mask R-CNN's: 512 proposals an image (ground truth among them), a quarter positive (IoU >= .5); cross entropy over
+        classes and void, box loss and mask cross entropy of the true class on the positives.  Void and crowd are not negatives."""
+        rois, labels, gts, cuts, segment, positives = [], [], [], [], [], []
+        for p, t in zip(proposals, targets):
+            ids, gt, truncated, category = thing_truth(t, isthing)
+            p = torch.cat([p, gt])
+            index, label = match(p, gt, 0.5, 0.5)
+            label[(label == 0) & (void_fraction(p, void_mask(t)) > 0.7)] = IGNORE
+            positive, negative = sample(label, self.samples, 0.25)
+            chosen, g = torch.cat([positive, negative]), index[positive]
+            rois.append(p[chosen]), gts.append(gt[g]), cuts.append(truncated[g]), segment.append(ids[g])
+            labels.append(torch.cat([thing_index[category[g]] + 1, torch.zeros_like(negative)]))
+            positives.append(torch.arange(len(chosen), device=p.device) < len(positive))
+        pooled, labels, is_positive = self.pool(features, rois), torch.cat(labels), torch.cat(positives)
+        logits, deltas = self.classify(pooled)
+        own = labels[is_positive] - 1                                                            # class of each positive, 0-based
+        here = torch.arange(len(own), device=own.device)
+        boxes = torch.cat(rois)[is_positive]
+        box = self.box_loss(deltas[is_positive][here, own], torch.cat(gts), boxes, 0.1, image_size, torch.cat(cuts))
+        mask = self.mask(pooled[is_positive])[here, own].float()                                 # [P+, 28, 28]
+        owner = torch.repeat_interleave(torch.tensor([int(p.sum()) for p in positives], device=own.device))
+        truth = mask_targets(torch.stack([t.segments for t in targets]), owner, torch.cat(segment), boxes, mask.shape[-1])
+        n = max(len(labels), 1)
+        return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
+                # Choice: one β for the four deltas so that any box loss fits; 10 ℓ_0.1(δ) is Mask R-CNN's ℓ_1(10 δ).
+                "rsh_box": 10 * box.sum() / n,
+                "rsh_mask": F.binary_cross_entropy_with_logits(mask, truth, reduction="sum") / max(mask.numel(), 1)}
+
+    def detect(self, features, proposals, image_size):
+        """Proposals to detections, second NMS per class, masks from the corrected boxes (3.5).  -> a dict an image: boxes [D, 4],
+        scores [D] (with gradient), classes [D] in 0..classes - 1, masks [D, 28, 28] (logits), best score first."""
+        logits, deltas = self.classify(self.pool(features, proposals))
+        found = []
+        for p, s, d in zip(proposals, logits.softmax(1).split([len(p) for p in proposals]), deltas.split([len(p) for p in proposals])):
+            which, cls = torch.where(s[:, 1:].detach() > self.score_threshold)
+            boxes = clip_boxes_to_image(decode(d[which, cls].detach(), p[which]), image_size)
+            score = s[which, cls + 1]
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
+            keep = keep[batched_nms(boxes[keep], score[keep].detach(), cls[keep], self.nms_threshold)[:self.detections]]
+            found.append({"boxes": boxes[keep], "scores": score[keep], "classes": cls[keep]})
+        masks = self.mask(self.pool(features, [f["boxes"] for f in found])).float()
+        for f, m in zip(found, masks.split([len(f["boxes"]) for f in found])):
+            f["masks"] = m[torch.arange(len(m), device=m.device), f["classes"]]
+        return found
+
+
+def mask_targets(segments, owner, segment, boxes, size=28):
+    """0/1 [P, size, size]: is the centre of each cell of box p in segment `segment[p]` of image `owner[p]`?
+    Choice: the label map is read at the centres of the cells, so no mask of H x W is ever made for a single object."""
+    cell = (torch.arange(size, device=boxes.device) + 0.5) / size                                # [size] in 0..1
+    x = (boxes[:, 0:1] + cell * (boxes[:, 2:3] - boxes[:, 0:1])).long().clamp(0, segments.shape[-1] - 1)   # [P, size]
+    y = (boxes[:, 1:2] + cell * (boxes[:, 3:4] - boxes[:, 1:2])).long().clamp(0, segments.shape[-2] - 1)
+    return (segments[owner[:, None, None], y[:, :, None], x[:, None, :]] == segment[:, None, None]).float()
+
+
+# --- 3.3 Semantic segmentation branch -------------------------------------------------------------------------------------
+
+def window_mean(x, window):
+    """Average pooling window x window, stride 1, no padding, then replication of the boundary to the size of x [B, C, H, W].
+
+    A map smaller than the window is pooled over all of it (DeepLab's global pooling).  The mean of a window is a difference of
+    two running sums, once along each axis: two additions a pixel, where the window itself has 4096 terms."""
+    dtype, x = x.dtype, x.float()                                                                # bf16 cannot hold a sum of 2048
+    for axis in (2, 3):
+        size = x.shape[axis]
+        k = min(window, size)
+        total = F.pad(x.cumsum(axis), (0, 0, 1, 0) if axis == 2 else (1, 0))
+        n = size - k + 1
+        x = (total.narrow(axis, k, n) - total.narrow(axis, 0, n)) / k
+        # The mean over pixels i .. i + k - 1 belongs to their middle: half of what is lost is replicated on either side.
+        x = x.index_select(axis, (torch.arange(size, device=x.device) - (k - 1) // 2).clamp(0, n - 1))
+    return x.to(dtype)
+
+
+class MiniDL(nn.Module):
+    """Mini-DeepLab, Figure 2: 3x3 | 3x3 with dilation 6 | window mean and 1x1, concatenated, 3x3.  [B, c_in, h, w] -> [B, c, h, w]."""
+    def __init__(self, c_in, channels=128, window=64):
+        super().__init__()
+        self.window = window
+        self.near, self.far = conv_norm(c_in, channels, 3), conv_norm(c_in, channels, 3, dilation=6)
+        self.context, self.out = conv_norm(c_in, channels, 1), conv_norm(3 * channels, channels, 3)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.near(x), self.far(x), self.context(window_mean(x, self.window))], 1))
+
+
+class SemanticHead(nn.Module):
+    """Four MiniDL, one a level and unshared, upsampled to stride 4, concatenated, 1x1: features -> logits [B, categories, H/4, W/4].
+    `resize_logits` makes them H x W."""
+    def __init__(self, c_in, categories, channels=128, window=64):
+        super().__init__()
+        self.heads = nn.ModuleList(MiniDL(c_in, channels, window) for _ in range(4))
+        self.out = nn.Conv2d(4 * channels, categories, 1)
+
+    def forward(self, features):
+        size = features[4].shape[-2:]
+        maps = [head(features[s]) for head, s in zip(self.heads, (4, 8, 16, 32))]
+        return self.out(torch.cat([resize_logits(m, size) for m in maps], 1))
+
+
+def resize_logits(x, size):
+    """Bilinear, pixel centres at +.5: [B, C, h, w] -> [B, C, *size]."""
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# --- 3.4 Training losses --------------------------------------------------------------------------------------------------
+
+def semantic_target(target):
+    """Category of each pixel, int64 [H, W]; IGNORE where the segment is void or crowd."""
+    category = torch.where(target.crowd, IGNORE, target.categories)
+    return torch.cat([category.new_tensor([IGNORE]), category])[target.segments]
+
+
+def hardest_pixels_loss(logits, target, fraction=0.25):
+    """L_ss = - sum ω_ij log P_ij(Y_ij) with ω = τ = 4 / (W H) on the 25% of pixels of lowest P_ij(Y_ij), 0 elsewhere: the mean
+    loss of the worst quarter.  logits [B, C, H, W], target [B, H, W] with IGNORE for void.  Scalar: the mean over the images.
+
+    Choice: void pixels are none of the W H, so an image that is half void learns from a quarter of its other half.  The
+    number of pixels kept is rounded up: an image with one labelled pixel learns from it.  All void: 0, with gradients."""
+    nll = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none").flatten(1)          # [B, HW]
+    valid = (target != IGNORE).flatten(1)
+    keep = (valid.sum(1) * fraction).ceil()                                                      # [B] pixels kept
+    worst = nll.masked_fill(~valid, -1).sort(1, descending=True).values
+    weight = torch.arange(worst.shape[1], device=worst.device) < keep[:, None]
+    return ((worst * weight).sum(1) / keep.clamp(min=1)).mean()
+
+
+# --- 3.5 Testing and panoptic fusion --------------------------------------------------------------------------------------
+
+def paste_masks(masks, boxes, size, chunk=16):
+    """Logits [D, s, s] in their boxes -> bool [D, H, W] of the picture: bilinear, foreground where the logit is above 0.
+
+    Bilinear interpolation is separable, so pasting is two matrix products, A_y M A_xᵀ, with a row of A for a pixel: its hat
+    weights over the cells.  `chunk` objects at a time: 100 float maps of 1024x2048 would take 800 MB."""
+    def hats(lo, hi, n):                                                                         # -> [D, n, s], inside [D, n]
+        s = masks.shape[-1]
+        centre = torch.arange(n, device=masks.device) + 0.5
+        u = (centre - lo[:, None]) / (hi - lo).clamp(min=1e-6)[:, None] * s - 0.5
+        cells = torch.arange(s, device=masks.device)
+        return (1 - (u.clamp(0, s - 1)[..., None] - cells).abs()).relu(), (centre >= lo[:, None]) & (centre < hi[:, None])
+
+    out = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    (a_x, in_x), (a_y, in_y) = hats(boxes[:, 0], boxes[:, 2], size[1]), hats(boxes[:, 1], boxes[:, 3], size[0])
+    for c in range(0, len(masks), chunk):
+        d = slice(c, c + chunk)
+        out[d] = (a_y[d] @ masks[d].float() @ a_x[d].mT > 0) & in_y[d, :, None] & in_x[d, None, :]
+    return out
+
+
+def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, overlap=0.5, stuff_area=4096):
+    """Section 3.5.  masks bool [D, H, W], scores [D], categories [D], semantic int64 [H, W] the likeliest category, isthing [C].
+
+    1. Instances, best score first, take the pixels that are still free, if these are at least half of the instance; else the
+       instance is dropped.  2. What remains takes the semantic head's category if that is stuff, void if it is a thing.
+    3. A stuff category with fewer than `stuff_area` pixels in all becomes void.
+    Choice: instances need a score of at least `score_threshold`; the paper gives no number.
+    -> segments int64 [H, W], categories [N], scores [N] (1 for stuff)."""
+    segments = torch.zeros_like(semantic)
+    order = torch.where(scores >= score_threshold)[0]
+    order = order[scores[order].argsort(descending=True, stable=True)]
+    kept = 0
+    accepted = []
+    for i in order.tolist():                                     # sequential by nature: who comes first takes the pixels
+        free = masks[i] & (segments == 0)
+        area, rest = masks[i].sum(), free.sum()
+        if area > 0 and rest >= overlap * area:
+            kept += 1
+            segments[free] = kept
+            accepted.append(i)
+    accepted = torch.tensor(accepted, dtype=torch.long, device=scores.device)
+    free = (segments == 0) & ~isthing[semantic]
+    count = torch.bincount(semantic[free], minlength=len(isthing))
+    stuff = torch.where((count >= stuff_area) & (count > 0))[0]
+    number = torch.zeros_like(count)
+    number[stuff] = torch.arange(1, len(stuff) + 1, device=count.device) + kept
+    segments = torch.where(free, number[semantic], segments)
+    return segments, torch.cat([categories[accepted], stuff]), torch.cat([scores[accepted], scores.new_ones(len(stuff))])
+
+
+# --- The whole ------------------------------------------------------------------------------------------------------------
+
+class Seamless(nn.Module):
+    """Figure 1, right.  `isthing` bool [C]; `body` from `resnet_fpn`; `box_loss` any function of the signature of the one
+    above; `canonical` is the size of an object that belongs to the third level (224 for pictures of a megapixel or two).
+    `stuff_area` counts pixels at 1024x2048 and is scaled with the area of the picture."""
+    def __init__(self, isthing, body, box_loss=None, canonical=224, anchor_scale=8, ratios=(0.5, 1, 2), hidden=256,
+                 box_channels=1024, mask_channels=256, semantic_channels=128, window=64, detections=100,
+                 score_threshold=0.5, stuff_area=4096, samples=(256, 512), after=(2000, 1000)):
+        super().__init__()
+        self.body, loss = body, box_loss or globals()["box_loss"]
+        isthing = torch.as_tensor(isthing, dtype=torch.bool)
+        self.register_buffer("isthing", isthing, persistent=False)
+        self.register_buffer("things", torch.where(isthing)[0], persistent=False)                # class -> category
+        self.register_buffer("thing_index", isthing.long().cumsum(0) - 1, persistent=False)      # category -> class
+        self.score_threshold, self.stuff_area = score_threshold, stuff_area
+        self.proposal_head = RegionProposalHead(body.channels, body.strides, hidden, anchor_scale, ratios, loss,
+                                                samples=samples[0], after=after)
+        self.region_head = RegionSegmentationHead(body.channels, body.strides, len(self.things), canonical, box_channels,
+                                                  mask_channels, loss, samples=samples[1], detections=detections)
+        self.semantic_head = SemanticHead(body.channels, len(isthing), semantic_channels, window)
+
+    def losses(self, images, targets):
+        """images [B, 3, H, W], a target an image -> the six losses of the two branches, to be summed with weight 1."""
+        size, features = images.shape[-2:], self.body(images)
+        scores, deltas, anchors, level = self.proposal_head(features, size)
+        proposals = [self.proposal_head.proposals(s, d, anchors, level, size) for s, d in zip(scores, deltas)]
+        logits = resize_logits(self.semantic_head(features).float(), size)
+        return {**self.proposal_head.losses(scores, deltas, anchors, targets, self.isthing, size),
+                **self.region_head.losses(features, proposals, targets, self.isthing, self.thing_index, size),
+                "semantic": hardest_pixels_loss(logits, torch.stack([semantic_target(t) for t in targets]))}
+
+    def detect(self, features, image_size):
+        """features of a batch -> per image a dict of boxes [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28]
+        (logits).  One path for training and testing: heads that stand on detections meet at test time what they learnt on."""
+        scores, deltas, anchors, level = self.proposal_head(features, image_size)
+        proposals = [self.proposal_head.proposals(s, d, anchors, level, image_size) for s, d in zip(scores, deltas)]
+        found = self.region_head.detect(features, proposals, image_size)
+        return [{**f, "categories": self.things[f.pop("classes")]} for f in found]
+
+    @torch.no_grad()
+    def predict(self, image, size=None):
+        """image [3, H, W] -> Prediction at `size` (height, width), the image's own if None: masks and logits are interpolated
+        straight to it, which keeps more detail than a resized label map."""
+        features, own = self.body(image[None]), image.shape[-2:]
+        size = tuple(size or own)
+        found = self.detect(features, own)[0]
+        semantic = resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
+        boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
+        masks = paste_masks(found["masks"], boxes, size)
+        area = self.stuff_area * size[0] * size[1] / (1024 * 2048)
+        fused = fuse(masks, found["scores"], found["categories"], semantic, self.isthing, self.score_threshold, stuff_area=area)
+        return Prediction(*fused, {**found, "boxes": boxes, "masks": masks})
+
+
+# --- 5.4 Computational aspects: the ledger --------------------------------------------------------------------------------
+
+def ledger(size=(1024, 2048), categories=19, things=8, detections=100, extra=1):
+    """The Cityscapes model on one image -> {part: (parameters, trainable parameters, multiply-adds)}: the dense part plus
+    `detections` objects that pass through both branches of the region head, first stages and the ResNet's norms frozen.
+
+    Convention: a multiply-add is one product in a convolution or a fully connected layer; norms, poolings, interpolations are
+    not counted, as is the custom.  On the meta device the pass costs nothing, whatever the size."""
+    net = Seamless([i >= categories - things for i in range(categories)], resnet_fpn(extra=extra, frozen=2, frozen_norm=True))
+    net = net.eval().to("meta")
+    parts = {"ResNet-50": net.body.stages, "pyramid": net.body.fpn, "region proposal head": net.proposal_head,
+             "region head, boxes": nn.ModuleList([net.region_head.fc, net.region_head.out]), "region head, masks": net.region_head.mask,
+             "semantic head": net.semantic_head}
+    work = dict.fromkeys(parts, 0)
+
+    def counter(part):
+        def hook(m, inputs, output):         # each output of a layer is a sum of as many products as it has inputs
+            if isinstance(m, nn.ConvTranspose2d):
+                work[part] += inputs[0].numel() * m.weight[0].numel()
+            elif isinstance(m, (nn.Conv2d, nn.Linear)):
+                work[part] += output.numel() * m.weight[0].numel()
+        return hook
+    for part, module in parts.items():
+        for m in module.modules():
+            m.register_forward_hook(counter(part))
+    with torch.no_grad():
+        features = net.body(torch.empty(1, 3, *size, device="meta"))
+        net.semantic_head(features)
+        for f in features.values():
+            net.proposal_head.out(net.proposal_head.conv(f))
+        pooled = torch.empty(detections, net.body.channels, 14, 14, device="meta")
+        net.region_head.classify(pooled), net.region_head.mask(pooled)
+    count = {part: [p.numel() for p in m.parameters()] for part, m in parts.items()}
+    learn = {part: [p.numel() for p in m.parameters() if p.requires_grad] for part, m in parts.items()}
+    return {part: (sum(count[part]), sum(learn[part]), work[part]) for part in parts}

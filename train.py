@@ -1,0 +1,692 @@
+"""Puts the ideas together: a panoptic network that trains on a GPU, or on two CPU cores with toy data.
+
+    python train.py                                         toy street scenes, a thin backbone, some minutes on a CPU
+    python train.py --dataset cityscapes --root DIR         the real thing; idd, coco and mapillary likewise
+    python train.py --method seamless|maskrcnn              who segments (maskrcnn: torchvision's, as a peer)
+    python train.py --resume RUN                            go on as if the run had not stopped
+    python train.py --eval RUN/last.pt [--root DIR]         full-image evaluation
+    python train.py --predict RUN/last.pt picture.png ...   on anybody's pictures
+    python train.py --compare                               every method on the same toy street: one table, one figure
+    torchrun --nproc_per_node=8 train.py --dataset ...      one process a GPU
+
+Data flows one way: data set -> sampler -> batch of crops -> model.losses() -> optimiser; full image -> model.predict() -> pq.
+A run's folder holds last.pt, log.csv, curves.png, predictions.png, metrics.json and the predictions in COCO panoptic format.
+
+A method is an nn.Module with two methods and, if it trains in stages, a third:
+    .losses(images [B, 3, H, W], targets) -> {name: scalar}     zero with gradients where there is nothing to learn from
+    .predict(image [3, H, W], size=None) -> Prediction          at `size` (height, width), the image's own by default
+    .stages() -> [(name, parameters, make_optimiser, share of the steps), ...]
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import data
+import seamless
+from pq import AveragePrecision, PanopticQuality
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+
+class UserError(Exception):
+    """Something the user can mend; its text says what is wrong and what to do.  Ends the program with exit code 2."""
+
+
+# --- Recipes: what a data set asks for.  Every entry is a flag of the command line, which wins. ---------------------------
+# Seamless 2019, section 5: SGD, 48k steps of 8 whole images, rate 1e-2 divided by 10 after 36k and 44k, warm-up from a third
+# in 200 steps, shortest side 1024 t with t in [0.5, 2].  `--sampler full --batch 8` is that recipe to the letter; the default
+# sees as many pixels a step (16 crops of 512x1024) in less memory.  Its variant "no freeze, decay BN" is `--no-freeze`.
+PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=224, anchor_scale=8, ratios=[0.5, 1, 2], rois=512,
+             proposals=1000, window=64, stuff_area=4096, sampler="uniform", crop=[512, 1024], batch=16, short_side=1024,
+             scale=[0.5, 2.0], jitter=0.0, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
+             frozen=2, no_freeze=False, interval=50, eval_count=0)
+RECIPES = {
+    "street": {**PAPER, **dict(body="tiny", weights="none", width=64, canonical=56, anchor_scale=4, rois=64, proposals=200, window=16,
+                               crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], jitter=0.1, lr=0.02, steps=900,
+                               warmup=50, interval=50, eval_count=50)},
+    "cityscapes": PAPER,
+    "idd": PAPER,
+    # Section 5.3: five aspect ratios, anchors of side 2 D, shortest side 1920 t with t in [0.8, 1.25], 192k steps.
+    "mapillary": {**PAPER, **dict(extra=2, ratios=[0.2, 0.5, 1, 2, 5], anchor_scale=2, short_side=1920, scale=[0.8, 1.25],
+                                  steps=192000, drops=[0.75, 176 / 192], crop=[1024, 1024], batch=8)},
+    # Choice: no COCO recipe in the paper; Mask R-CNN's shortest side of 800 and one level more than Cityscapes.
+    "coco": {**PAPER, **dict(extra=1, short_side=800, scale=[0.8, 1.25], crop=[640, 640], steps=90000)},
+}
+SPLITS = {"cityscapes": ("train", "val"), "idd": ("train", "val"), "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
+
+
+def open_dataset(args, train):
+    """The data set of `args`, its training or its evaluation part."""
+    if args["dataset"] == "street":
+        # Training never meets the evaluation's scenes: they come from another seed.
+        return data.StreetScenes(100_000, seed=1) if train else data.StreetScenes(args["eval_count"] or 50, seed=0)
+    if not args.get("root"):
+        raise UserError(f"--dataset {args['dataset']} needs --root DIR, the folder of the data set")
+    split = args.get("train_split" if train else "val_split") or SPLITS[args["dataset"]][0 if train else 1]
+    if args["dataset"] in ("cityscapes", "idd"):
+        return data.Cityscapes(args["root"], split, table=args["dataset"])
+    return data.CocoPanoptic(args["root"], split)
+
+
+def input_size(size, short_side):
+    """(height, width) scaled so that the shorter measures `short_side` pixels; unchanged for 0."""
+    f = short_side / min(size) if short_side else 1
+    return tuple(max(1, round(n * f)) for n in size)
+
+
+# --- From pictures to batches ---------------------------------------------------------------------------------------------
+
+class CropSampler(IterableDataset):
+    """An endless supply of training crops: (image [3, h, w], target).
+
+    mode "uniform": a random picture, its shorter side scaled to s0 t with t uniform in `scale` (section 5), mirrored half of
+    the time, and a window of `crop_size` at a random place.  "full": the same without the window.  Crop k depends on (seed, k)
+    alone: ranks and workers share out the k among themselves, and a resumed run starts at `start` as if it had not stopped."""
+
+    def __init__(self, dataset, crop_size, mode="uniform", s0=0, scale=(1, 1), jitter=0.0, seed=0, start=0, rank=0, world=1):
+        self.dataset, self.crop_size, self.mode, self.s0, self.scale = dataset, tuple(crop_size), mode, s0, scale
+        self.jitter, self.seed, self.start, self.rank, self.world = jitter, seed, start, rank, world
+
+    def crop(self, k):
+        """Crop number k."""
+        g = torch.Generator().manual_seed((self.seed << 32) + k)
+        def uniform(low, high):
+            return low + (high - low) * torch.rand((), generator=g).item()
+        i = int(torch.randint(len(self.dataset), (), generator=g))
+        sample, t = self.dataset[i], uniform(*self.scale)
+        size = input_size(sample.image.shape[1:], self.s0)
+        sample = data.resize(sample, tuple(max(1, round(n * t)) for n in size))
+        if uniform(0, 1) < 0.5:
+            sample = data.flip(sample)
+        window = self.crop_size if self.mode == "uniform" else tuple(sample.image.shape[1:])
+        top, left = (int(uniform(0, max(n - w, 0) + 1 - 1e-9)) for n, w in zip(sample.image.shape[1:], window))
+        image, target = data.crop(sample, top, left, window, image_id=i, scale=t)
+        return (data.colour_jitter(image, g, self.jitter) if self.jitter else image), target
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        k = self.start + self.rank + self.world * offset
+        while True:                                   # the loader takes one item of each worker in turn: the order is that of k
+            yield self.crop(k)
+            k += self.world * step
+
+
+def collate(crops):
+    """Crops -> images [B, 3, H, W] and targets; whole pictures of different sizes are padded with void at the right and below."""
+    h, w = (max(image.shape[d] for image, _ in crops) for d in (1, 2))
+    images = torch.stack([F.pad(i, (0, w - i.shape[2], 0, h - i.shape[1])) for i, _ in crops])
+    for image, t in crops:
+        t.segments = F.pad(t.segments, (0, w - image.shape[2], 0, h - image.shape[1]))
+    return images, [t for _, t in crops]
+
+
+# --- Methods --------------------------------------------------------------------------------------------------------------
+
+def build_body(args):
+    """The one backbone and pyramid that every method stands on."""
+    weights = args["weights"]
+    state = {"none": None, "imagenet": "DEFAULT"}[weights] if weights in ("none", "imagenet") else load_file(weights)
+    try:
+        return seamless.resnet_fpn(args["body"], args["width"], args["extra"], state, args["frozen"], args["frozen"] > 0)
+    except OSError as e:
+        raise UserError(f"the ImageNet weights of {args['body']} could not be downloaded ({e}); fetch the file that torchvision names "
+                        "on a machine with a network and pass it with --weights FILE, or train from scratch with --weights none") from e
+    except RuntimeError as e:
+        raise UserError(f"{weights}: these are not the weights of {args['body']}: {str(e).splitlines()[0]}") from e
+
+
+def build_seamless(categories, args):
+    """Seamless (2019); its head widths follow the pyramid's: 256 channels give the paper's 256, 1024, 256 and 128."""
+    c = args["width"]
+    return seamless.Seamless([k.isthing for k in categories], build_body(args), BOX_LOSSES[args["box_loss"]], args["canonical"],
+                             args["anchor_scale"], args["ratios"], c, 4 * c, c, c // 2, args["window"], samples=(256, args["rois"]),
+                             after=(2 * args["proposals"], args["proposals"]), stuff_area=args["stuff_area"])
+
+
+class MaskRCNN(nn.Module):
+    """torchvision's own Mask R-CNN on the same body, stuff by the same semantic head, fused by the same rule: the peer."""
+
+    def __init__(self, categories, args):
+        super().__init__()
+        from torchvision.models.detection import MaskRCNN as Peer
+        from torchvision.models.detection.rpn import AnchorGenerator
+        self.body, c = build_body(args), args["width"]
+        self.body.out_channels = c
+        self.register_buffer("isthing", torch.tensor([k.isthing for k in categories]), persistent=False)
+        strides, levels = self.body.strides, [str(i) for i in range(4)]
+        anchors = AnchorGenerator(tuple((args["anchor_scale"] * s,) for s in strides), (tuple(args["ratios"]),) * len(strides))
+        pool = [torchvision.ops.MultiScaleRoIAlign(levels, size, 2, canonical_scale=args["canonical"]) for size in (7, 14)]
+        d = torchvision.models.detection
+        peer = Peer(self.body, int(self.isthing.sum()) + 1, rpn_anchor_generator=anchors, box_roi_pool=pool[0], mask_roi_pool=pool[1],
+                    box_head=d.faster_rcnn.TwoMLPHead(c * 49, 4 * c), box_predictor=d.faster_rcnn.FastRCNNPredictor(4 * c, int(self.isthing.sum()) + 1),
+                    mask_head=d.mask_rcnn.MaskRCNNHeads(c, (c,) * 4, 1), mask_predictor=d.mask_rcnn.MaskRCNNPredictor(c, c, int(self.isthing.sum()) + 1),
+                    rpn_post_nms_top_n_train=2 * args["proposals"], rpn_post_nms_top_n_test=args["proposals"], box_batch_size_per_image=args["rois"])
+        self.rpn, self.roi_heads = peer.rpn, peer.roi_heads
+        self.semantic_head = seamless.SemanticHead(c, len(categories), c // 2, args["window"])
+        self.stuff_area = args["stuff_area"]
+
+    def instances(self, images, features, targets=None):
+        """torchvision's two heads on our features -> (detections, losses)."""
+        named = {str(i): f.float() for i, f in enumerate(features.values())}
+        batch = d = torchvision.models.detection.image_list.ImageList(images, [tuple(images.shape[-2:])] * len(images))
+        with torch.autocast(images.device.type, enabled=False):          # its box coding and losses want float32
+            proposals, rpn = self.rpn(batch, named, targets)
+            found, roi = self.roi_heads(named, proposals, d.image_sizes, targets)
+        return found, {**rpn, **roi}
+
+    def losses(self, images, targets):
+        features = self.body(images)
+        things = []
+        for t in targets:
+            ids, boxes, _, category = seamless.thing_truth(t, self.isthing)
+            labels = (self.isthing.long().cumsum(0))[category]
+            things.append({"boxes": boxes, "labels": labels, "masks": (t.segments == ids[:, None, None]).to(torch.uint8)})
+        logits = seamless.resize_logits(self.semantic_head(features).float(), images.shape[-2:])
+        truth = torch.stack([seamless.semantic_target(t) for t in targets])
+        return {**self.instances(images, features, things)[1], "semantic": seamless.hardest_pixels_loss(logits, truth)}
+
+    @torch.no_grad()
+    def predict(self, image, size=None):
+        features, own = self.body(image[None]), image.shape[-2:]
+        size = tuple(size or own)
+        found = self.instances(image[None], features)[0][0]
+        boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
+        categories = torch.where(self.isthing)[0][found["labels"] - 1]
+        masks = seamless.paste_masks(torch.logit(found["masks"][:, 0], 1e-6), boxes, size)
+        semantic = seamless.resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
+        area = self.stuff_area * size[0] * size[1] / (1024 * 2048)
+        fused = seamless.fuse(masks, found["scores"], categories, semantic, self.isthing, stuff_area=area)
+        return seamless.Prediction(*fused, {"boxes": boxes, "masks": masks, "scores": found["scores"], "categories": categories})
+
+
+METHODS = {"seamless": build_seamless, "maskrcnn": MaskRCNN}      # (categories, args) -> a module that keeps the protocol above
+BOX_LOSSES = {"standard": seamless.box_loss}                      # (deltas, gt, anchors, beta, crop_size, truncated) -> [N]
+SAMPLERS = ["uniform", "full"]
+
+
+# --- Where it runs --------------------------------------------------------------------------------------------------------
+
+class World:
+    """Device, precision and the other processes.  One process: rank 0 of 1."""
+
+    def __init__(self, args):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available() and args["device"] != "cpu"
+        if args["device"] == "cuda" and not cuda:
+            raise UserError("--device cuda: no CUDA device was found; leave --device away to use the CPU")
+        if args["threads"]:
+            torch.set_num_threads(args["threads"])
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        # bf16 is three times as fast where the processor multiplies it in hardware, and slower where it does not.
+        fast = cuda or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported())
+        self.bf16 = args["precision"] == "bf16" or (args["precision"] == "auto" and fast)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def memory(self):
+        """Peak memory in GiB: of the GPU, or of this process on a CPU."""
+        return (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+
+    def agree(self, value):
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Written beside and moved into place: whoever is killed on the way leaves the previous file whole."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_file(path):
+    """torch.load for files of tensors and plain values only, with one clear sentence if that fails."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{path} cannot be read as a checkpoint; it is damaged, cut short or something else ({type(e).__name__}): "
+                        "take another copy") from e
+
+
+def load_checkpoint(path, explicit):
+    """-> the checkpoint and the arguments of its run, the `explicit` flags of this command over them."""
+    state = load_file(path)
+    if not (isinstance(state, dict) and {"model", "args", "step", "categories"} <= state.keys()):
+        raise UserError(f"{path} is no checkpoint of train.py; give the last.pt of a run's folder")
+    for flag in ("method", "body"):
+        if explicit.get(flag, state["args"][flag]) != state["args"][flag]:
+            raise UserError(f"{path} was trained with --{flag} {state['args'][flag]}, not {explicit[flag]}; leave --{flag} away or train anew")
+    return state, {**state["args"], **explicit}
+
+
+def restore_model(state, args, categories, path):
+    """The trained model; refuses to read one set of categories as another."""
+    known = [c[0] for c in state["categories"]]
+    if known != [k.name for k in categories]:
+        raise UserError(f"{path} knows {len(known)} categories ({', '.join(known[:4])}, ...), --dataset "
+                        f"{args['dataset']} has {len(categories)} ({', '.join(k.name for k in categories[:4])}, ...); evaluate it on its own data set")
+    model = METHODS[args["method"]](categories, {**args, "weights": "none"})
+    model.load_state_dict(state["model"])
+    return model
+
+
+# --- Evaluation on full images --------------------------------------------------------------------------------------------
+
+def stride4_ceiling(sample, size):
+    """The ground truth squeezed through a stride-4 output of an input of `size` and back, segments [H, W]: nobody who predicts
+    at stride 4 can be expected to do better.  Shares of each segment in 4x4 cells, bilinear, argmax."""
+    small = F.interpolate(sample.segments[None, None].float(), size=size, mode="nearest-exact")[0, 0].long()
+    best, out = torch.full(sample.segments.shape, -1.0), torch.zeros_like(sample.segments)
+    for k in range(len(sample.categories) + 1):
+        share = F.avg_pool2d((small == k)[None, None].float(), 4, ceil_mode=True)
+        share = F.interpolate(share, size=sample.segments.shape, mode="bilinear", align_corners=False)[0, 0]
+        out, best = torch.where(share > best, k, out), torch.maximum(share, best)
+    return out
+
+
+@torch.no_grad()
+def evaluate(model, dataset, args, world, folder, references=False):
+    """Every full image, resized to the training's scale, predicted at its native size -> metrics (the same on any number of
+    ranks).  Writes predictions in COCO panoptic format and a picture of a few.  `references` adds the stride-4 ceiling and
+    the colour baseline."""
+    model.eval()
+    isthing = torch.tensor([k.isthing for k in dataset.categories])
+    scores = {"model": PanopticQuality(isthing), "mask": AveragePrecision(len(isthing)), "box": AveragePrecision(len(isthing), kind="box")}
+    baseline = data.ColourBaseline(open_dataset(args, True)) if references and args["dataset"] == "street" else None
+    if references:
+        scores.update(ceiling=PanopticQuality(isthing), **({"baseline": PanopticQuality(isthing)} if baseline else {}))
+    count = min(args["eval_count"] or len(dataset), len(dataset))
+    mine = range(world.rank, count, world.size)
+    loader = DataLoader(torch.utils.data.Subset(dataset, mine), batch_size=None, num_workers=args["workers"], generator=torch.Generator())
+    annotations, shown, seconds = [], [], 0.0
+    pictures = folder / "predictions"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for sample in loader:
+        native = tuple(sample.image.shape[1:])
+        image = data.resize(sample, input_size(native, args["short_side"])).image
+        started = time.time()
+        with world.autocast():
+            p = model.predict(image.to(world.device), native)
+        p = seamless.Prediction(*(v.cpu() for v in p[:3]), {k: v.cpu() for k, v in p.instances.items()})
+        seconds += time.time() - started
+        truth = (sample.segments, sample.categories, sample.crowd)
+        scores["model"].update(p.segments, p.categories, *truth)
+        for kind in ("mask", "box"):
+            scores[kind].update(p.instances[kind + ("s" if kind == "mask" else "es")], p.instances["scores"], p.instances["categories"], *truth, isthing=isthing)
+        if references:
+            scores["ceiling"].update(stride4_ceiling(sample, image.shape[1:]), sample.categories, *truth)
+        if baseline:
+            scores["baseline"].update(*baseline.predict(sample.image), *truth)
+        annotations.append(data.write_coco_png(pictures, sample.name, p.segments, p.categories, dataset.categories))
+        if world.rank == 0 and len(shown) < 4:
+            shown.append((sample, p))
+    for score in scores.values():
+        score.all_reduce()
+    if world.size > 1:
+        parts = [None] * world.size
+        dist.all_gather_object(parts, annotations)
+        annotations = [a for part in parts for a in part]
+    result = scores["model"].compute()
+    result |= {"AP_mask": scores["mask"].compute(), "AP_box": scores["box"].compute(), "images": count, "images_per_second": len(mine) * world.size / max(seconds, 1e-9)}
+    result |= {name: scores[name].compute()["PQ"] for name in ("ceiling", "baseline") if name in scores}
+    if world.rank == 0:
+        data.write_coco_json(folder / "predictions.json", annotations, dataset.categories)
+        draw_predictions(folder / "predictions.png", shown, dataset.categories)
+        (folder / "metrics.json").write_text(json.dumps(result, indent=1, default=float))
+        print(scores["model"].table([k.name for k in dataset.categories]))
+        a, b = result["AP_mask"], result["AP_box"]
+        print(f"mask AP {a['AP']:.1f} (AP50 {a['AP50']:.1f})   box AP {b['AP']:.1f}   on {count} images, {result['images_per_second']:.2f} a second")
+        if "ceiling" in result:
+            print(f"PQ {result['PQ']:.1f}   stride-4 ceiling {result['ceiling']:.1f}"
+                  + (f"   colour baseline {result['baseline']:.1f}" if "baseline" in result else ""))
+    world.barrier()
+    return result
+
+
+def draw_predictions(path, shown, categories):
+    """Image, ground truth and prediction side by side, a row a picture."""
+    if not shown:
+        return
+    h, w = shown[0][0].image.shape[1:]
+    fig, axes = plt.subplots(len(shown), 3, figsize=(15, 5 * len(shown) * h / w + 0.3), squeeze=False, layout="constrained")
+    for row, (sample, p) in zip(axes, shown):
+        row[0].imshow(sample.image.permute(1, 2, 0).clamp(0, 1))
+        data.draw(sample.image, sample.segments, sample.categories, categories, ax=row[1])
+        data.draw(sample.image, p.segments, p.categories, categories, ax=row[2])
+    for ax, title in zip(axes[0], ("image", "ground truth", "prediction")):
+        ax.set_title(title)
+    for ax in axes.flat:
+        ax.axis("off")
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
+
+
+# --- Training -------------------------------------------------------------------------------------------------------------
+
+def parameter_groups(model, args):
+    """Weight decay on everything, as the paper has it, or not on norms and biases under --no-freeze (its second variant)."""
+    p = [p for p in model.parameters() if p.requires_grad]
+    if not args["no_freeze"]:
+        return [{"params": p}]
+    return [{"params": [q for q in p if q.ndim > 1]}, {"params": [q for q in p if q.ndim <= 1], "weight_decay": 0.0}]
+
+
+def stages_of(model, args):
+    """A method's own stages, or the one stage that trains everything by SGD with Nesterov momentum."""
+    if hasattr(model, "stages"):
+        return model.stages()
+    return [("all", parameter_groups(model, args), lambda groups: torch.optim.SGD(groups, args["lr"], 0.9, weight_decay=args["decay"], nesterov=True), 1.0)]
+
+
+def rate(step, steps, args):
+    """The learning rate's factor: linear warm-up from a third, then a tenth after each of `drops` (shares of the run)."""
+    warmup = min(args["warmup"], steps // 4)
+    if step < warmup:
+        return 1 / 3 + 2 / 3 * step / warmup
+    return 0.1 ** sum(step >= drop * steps for drop in args["drops"])
+
+
+class Losses(nn.Module):
+    """DistributedDataParallel watches `forward`; this makes it the losses."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, targets):
+        return self.model.losses(images, targets)
+
+
+def train(args, world, folder, state=None):
+    """The loop: from `state` (a checkpoint) or from the beginning; ends with the evaluation and returns its metrics."""
+    dataset, held_out = open_dataset(args, True), open_dataset(args, False)
+    torch.manual_seed(args["seed"])
+    path, begin = folder / "last.pt", state["step"] if state else 0
+    model = restore_model(state, args, dataset.categories, path) if state else METHODS[args["method"]](dataset.categories, args)
+    model = model.to(world.device, memory_format=torch.channels_last)
+    if world.size > 1 and world.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.manual_seed(args["seed"] + 1000 * world.rank + 1)
+    if state:
+        torch.set_rng_state(state["rng"][world.rank] if world.rank < len(state["rng"]) else state["rng"][0])
+    world.say(f"{args['method']} on {args['dataset']}: {len(dataset)} training pictures, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+              f"{world.size} x {world.device.type}, {'bf16' if world.bf16 else 'float32'}, into {folder}")
+    sampler = CropSampler(dataset, args["crop"], args["sampler"], args["short_side"], args["scale"], args["jitter"], args["seed"],
+                          begin * args["batch"], world.rank, world.size)
+    loader = iter(DataLoader(sampler, batch_size=None, num_workers=args["workers"], generator=torch.Generator(),
+                             prefetch_factor=2 * args["batch"] if args["workers"] else None))
+    if args["batch"] % world.size:
+        raise UserError(f"--batch {args['batch']} cannot be shared among {world.size} processes; take a multiple of {world.size}")
+    log = open_log(folder / "log.csv", begin) if world.rank == 0 else None
+    edge = 0
+    for name, groups, make_optimiser, share in stages_of(model, args):
+        first, edge = edge, min(args["steps"], edge + round(share * args["steps"]))
+        if begin >= edge and edge < args["steps"]:
+            continue
+        chosen = {id(p) for g in groups for p in (g["params"] if isinstance(g, dict) else [g])}
+        trainable = [p for p in model.parameters() if id(p) in chosen]
+        for p in model.parameters():
+            p.requires_grad_(id(p) in chosen)
+        optimiser = make_optimiser(groups)
+        base = [g["lr"] for g in optimiser.param_groups]
+        if state and begin > first:
+            optimiser.load_state_dict(state["optimiser"])
+        wrapped = nn.parallel.DistributedDataParallel(Losses(model), find_unused_parameters=True) if world.size > 1 else Losses(model)
+        started, window = time.time(), []
+        for step in range(max(begin, first), edge):
+            model.train()
+            for g, lr in zip(optimiser.param_groups, base):
+                g["lr"] = lr * rate(step - first, edge - first, args)
+            images, targets = collate([next(loader) for _ in range(args["batch"] // world.size)])
+            images = images.to(world.device, memory_format=torch.channels_last, non_blocking=True)
+            with world.autocast():
+                losses = wrapped(images, [t.to(world.device) for t in targets])
+            total = sum(losses.values())
+            if not math.isfinite(total.item()):
+                worst = [k for k, v in losses.items() if not math.isfinite(v.item())]
+                raise UserError(f"step {step}: the loss is not finite ({', '.join(worst)}); {path} holds the last good state: resume it with a lower --lr or a lower --clip")
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(trainable, args["clip"])
+            optimiser.step()
+            window.append({**{k: v.item() for k, v in losses.items()}, "total": total.item()})
+            done = step + 1
+            if done % args["interval"] == 0 or done == args["steps"]:
+                means = {k: sum(w[k] for w in window) / len(window) for k in window[0]}
+                each, window = (time.time() - started) / len(window), []
+                started = time.time()
+                if world.rank == 0:
+                    log(done, means, optimiser.param_groups[0]["lr"], args["batch"] / each)
+                    left = each * (args["steps"] - done)
+                    print(f"step {done:6d}/{args['steps']}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+                          + f"  {args['batch'] / each:.1f} img/s  {world.memory():.1f} GiB  {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left", flush=True)
+            stop = done == args["stop_at"] or done == args["steps"]
+            if stop or done % (10 * args["interval"]) == 0:
+                save_state(path, model, optimiser, done, args, dataset.categories, world)
+            if done == args["stop_at"] and done < args["steps"]:
+                world.say(f"stopped after step {done}; go on with: python train.py --resume {folder}")
+                return {}
+    if world.rank == 0:
+        draw_curves(folder)
+    return evaluate(model, held_out, args, world, folder, references=True)
+
+
+def save_state(path, model, optimiser, step, args, categories, world):
+    """Rank 0 writes; every rank contributes the state of its random numbers."""
+    rng = [torch.get_rng_state()]
+    if world.size > 1:
+        rng = [None] * world.size
+        dist.all_gather_object(rng, torch.get_rng_state())
+    if world.rank == 0:
+        save_checkpoint(path, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "rng": rng,
+                               "args": {k: v for k, v in args.items() if k != "stop_at"}, "categories": [[k.name, bool(k.isthing), list(k.colour)] for k in categories]})
+
+
+def open_log(path, begin):
+    """log.csv as a function (step, losses, rate, images a second); lines beyond a resumed run's first step are dropped."""
+    old = [r for r in csv.reader(open(path))] if path.exists() and begin else []
+    rows = old[:1] + [r for r in old[1:] if int(r[0]) <= begin]
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+
+    def log(step, losses, lr, speed):
+        with open(path, "a", newline="") as f:
+            if f.tell() == 0:
+                csv.writer(f).writerow(["step", *losses, "lr", "images_per_second"])
+            csv.writer(f).writerow([step, *(f"{v:.6g}" for v in losses.values()), f"{lr:.6g}", f"{speed:.3g}"])
+    return log
+
+
+def draw_curves(folder):
+    """curves.png from log.csv."""
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in [k for k in (rows[0] if rows else {}) if k not in ("step", "lr", "images_per_second")]:
+        ax.semilogy([int(r["step"]) for r in rows], [max(float(r[name]), 1e-6) for r in rows], label=name, lw=2.5 if name == "total" else 1.2)
+    ax.set(xlabel="step", ylabel="loss, mean of an interval")
+    ax.legend(ncols=2, fontsize=8)
+    ax.grid(alpha=0.3)
+    fig.savefig(folder / "curves.png", dpi=100)
+    plt.close(fig)
+
+
+# --- The command line -----------------------------------------------------------------------------------------------------
+
+def predict(args, state, pictures, world, folder):
+    """Anybody's pictures: a coloured copy of each, and the segments in COCO panoptic format."""
+    categories = [data.Category(*c) for c in state["categories"]]
+    model = restore_model(state, args, categories, "").to(world.device).eval()
+    out = folder / "predict"
+    out.mkdir(parents=True, exist_ok=True)
+    annotations = []
+    for path in map(Path, pictures):
+        try:
+            image = torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.RGB).float() / 255
+        except (RuntimeError, OSError) as e:
+            raise UserError(f"{path} cannot be read as a picture; give PNG or JPEG files") from e
+        native = tuple(image.shape[1:])
+        small = F.interpolate(image[None], size=input_size(native, args["short_side"]), mode="bilinear", antialias=True)[0]
+        with world.autocast():
+            p = model.predict(small.to(world.device), native)
+        segments, found = p.segments.cpu(), p.categories.cpu()
+        annotations.append(data.write_coco_png(out / "panoptic", path.stem, segments, found, categories))
+        fig, ax = plt.subplots(figsize=(native[1] / 100, native[0] / 100))
+        fig.subplots_adjust(0, 0, 1, 1)
+        data.draw(image, segments, found, categories, ax=ax)
+        ax.axis("off")
+        fig.savefig(out / f"{path.stem}.png", dpi=100)
+        plt.close(fig)
+        names = [categories[c].name for c in found.tolist()]
+        print(f"{path}: " + (", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing found") + f" -> {out / path.stem}.png")
+    data.write_coco_json(out / "panoptic.json", annotations, categories)
+
+
+def compare(args, world, folder):
+    """Every method on the same scenes, seed and steps: one table, one figure."""
+    rows, fig = {}, None
+    for method in METHODS:
+        begin = time.time()
+        result = train({**args, "method": method}, world, folder / method)
+        rows[method] = {**{k: result[k] for k in ("PQ", "PQ_th", "PQ_st", "SQ", "RQ", "PQ_dagger", "mIoU")}, "AP_mask": result["AP_mask"]["AP"],
+                        "AP_box": result["AP_box"]["AP"], "minutes": (time.time() - begin) / 60}
+    columns = list(next(iter(rows.values())))
+    lines = ["method      " + "".join(f"{c:>10}" for c in columns)] + [f"{m:12s}" + "".join(f"{v:10.1f}" for v in r.values()) for m, r in rows.items()]
+    world.say("\n".join(lines))
+    if world.rank == 0:
+        (folder / "compare.txt").write_text("\n".join(lines) + "\n")
+        fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+        for i, (method, row) in enumerate(rows.items()):
+            x = torch.arange(len(columns) - 1) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+            ax.bar_label(ax.bar(x, list(row.values())[:-1], 0.8 / len(rows), label=method), fmt="%.0f", fontsize=8)
+        ax.set_xticks(range(len(columns) - 1), columns[:-1])
+        ax.set_title(f"{args['dataset']}, {args['steps']} steps of {args['batch']} crops, seed {args['seed']}")
+        ax.legend()
+        fig.savefig(folder / "compare.png", dpi=100)
+
+
+def parse(argv):
+    """The flags that were given, and only those: recipes and checkpoints fill in the rest."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    what, model, run = p.add_argument_group("what"), p.add_argument_group("model"), p.add_argument_group("training")
+    what.add_argument("--dataset", choices=list(RECIPES), help="default: street, toy scenes drawn on the fly")
+    what.add_argument("--root", help="folder of the data set, in its official layout")
+    what.add_argument("--train-split"), what.add_argument("--val-split")
+    what.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    what.add_argument("--eval", metavar="RUN/last.pt", help="evaluate on full images")
+    what.add_argument("--predict", nargs="+", metavar=("RUN/last.pt", "PICTURE"), help="segment pictures")
+    what.add_argument("--compare", action="store_true", help="train every method, print one table")
+    what.add_argument("--out", help="the run's folder (default: the first free runs/DATASET-METHOD-N)")
+    model.add_argument("--method", choices=list(METHODS)), model.add_argument("--box-loss", choices=list(BOX_LOSSES))
+    model.add_argument("--body", help="tiny, small, resnet18, resnet34, resnet50, resnet101")
+    model.add_argument("--weights", help="imagenet, none, or the file of a torchvision ResNet's weights")
+    model.add_argument("--no-freeze", action="store_true", help="the paper's variant: nothing frozen, no weight decay on norms")
+    for name, what_for in (("width", "channels of the pyramid; the heads follow"), ("extra", "levels beyond stride 32"), ("frozen", "stages that do not learn"),
+                           ("canonical", "size in pixels of an object on the third level"), ("rois", "proposals a picture to learn from"),
+                           ("proposals", "proposals a picture at test time"), ("window", "of MiniDL's pooling"),
+                           ("stuff-area", "smallest stuff, in pixels of a 1024x2048 picture")):
+        model.add_argument(f"--{name}", type=int, help=what_for)
+    model.add_argument("--anchor-scale", type=float, help="side of an anchor in strides"), model.add_argument("--ratios", type=float, nargs="+")
+    run.add_argument("--sampler", choices=SAMPLERS), run.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
+    for name, what_for in (("short-side", "shorter side of a picture in pixels, 0: as it is"), ("batch", "crops a step, over all processes"), ("steps", "length"),
+                           ("warmup", "steps"), ("interval", "steps between log lines"), ("stop-at", "stop there; the schedule stays"), ("seed", ""),
+                           ("eval-count", "pictures to evaluate on, 0: all"), ("workers", "loading processes"), ("threads", "of the CPU, 0: all")):
+        run.add_argument(f"--{name}", type=int, help=what_for)
+    for name, what_for in (("lr", "learning rate"), ("clip", "norm of the gradients"), ("decay", "weight decay"), ("jitter", "of colours, 0..1")):
+        run.add_argument(f"--{name}", type=float, help=what_for)
+    run.add_argument("--scale", type=float, nargs=2, metavar=("LO", "HI"), help="random scale of a training picture")
+    run.add_argument("--drops", type=float, nargs="*", help="shares of the run after which the rate falls to a tenth")
+    run.add_argument("--precision", choices=["auto", "bf16", "float32"]), run.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    return vars(p.parse_args(argv))
+
+
+DEFAULTS = dict(dataset="street", method="seamless", box_loss="standard", seed=0, workers=1, threads=0, stop_at=0, precision="auto", device="auto",
+                root=None, train_split=None, val_split=None)
+
+
+def run(explicit):
+    """Decide what is asked for and do it."""
+    jobs = {k: explicit.pop(k) for k in ("resume", "eval", "predict", "compare", "out") if k in explicit}
+    source = jobs.get("eval") or jobs.get("predict", [None])[0] or ("resume" in jobs and str(Path(jobs["resume"]) / "last.pt"))
+    if source:
+        state, args = load_checkpoint(source, explicit)
+        args = {**args, "stop_at": explicit.get("stop_at", 0)}
+    else:
+        state, args = None, {**DEFAULTS, **RECIPES[explicit.get("dataset", "street")], **explicit}
+        if args["no_freeze"] or args["weights"] == "none":
+            args["frozen"] = 0
+    world = World(args)
+    try:
+        if "predict" in jobs:
+            return predict(args, state, jobs["predict"][1:], world, Path(jobs.get("out") or Path(source).parent))
+        if "eval" in jobs:
+            dataset = open_dataset(args, False)
+            model = restore_model(state, args, dataset.categories, source).to(world.device, memory_format=torch.channels_last)
+            return evaluate(model, dataset, args, world, Path(jobs.get("out") or Path(source).parent / "eval"), references=True)
+        folder = Path(jobs.get("resume") or jobs.get("out") or world.agree(free_folder(args, "compare" if "compare" in jobs else args["method"])))
+        if "resume" not in jobs and (folder / "last.pt").exists():
+            raise UserError(f"{folder} holds a run already; go on with it by --resume {folder}, or give another --out")
+        for f in [folder / m for m in METHODS] if "compare" in jobs else [folder]:
+            f.mkdir(parents=True, exist_ok=True)
+        return compare(args, world, folder) if "compare" in jobs else train(args, world, folder, state)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def free_folder(args, name):
+    """The first of runs/DATASET-NAME-1, -2, ... that does not exist."""
+    return next(f for f in (Path("runs") / f"{args['dataset']}-{name}-{n}" for n in range(1, 10**6)) if not f.exists())
+
+
+def main(argv=None):
+    """Exit code 2 and one sentence for what the user can mend."""
+    try:
+        run(parse(argv))
+    except (UserError, data.DataError) as e:
+        # An error in a loading process arrives wrapped in that process's traceback; its last line is the sentence.
+        print("train.py:", str(e).strip().splitlines()[-1].removeprefix("data.DataError: "), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
