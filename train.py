@@ -59,7 +59,7 @@ PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=
 RECIPES = {
     "street": {**PAPER, **dict(body="tiny", weights="none", width=64, canonical=56, anchor_scale=4, rois=64, proposals=200, window=16,
                                crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], jitter=0.1, lr=0.02, steps=900,
-                               warmup=50, interval=50, eval_count=50)},
+                               warmup=50, interval=50, eval_count=50, scenes=800)},
     "cityscapes": PAPER,
     "idd": PAPER,
     # Section 5.3: five aspect ratios, anchors of side 2 D, shortest side 1920 t with t in [0.8, 1.25], 192k steps.
@@ -75,7 +75,7 @@ def open_dataset(args, train):
     """The data set of `args`, its training or its evaluation part."""
     if args["dataset"] == "street":
         # Training never meets the evaluation's scenes: they come from another seed.
-        return data.StreetScenes(100_000, seed=1) if train else data.StreetScenes(args["eval_count"] or 50, seed=0)
+        return Remembered(data.StreetScenes(args["scenes"], seed=1)) if train else data.StreetScenes(args["eval_count"] or 50, seed=0)
     if not args.get("root"):
         raise UserError(f"--dataset {args['dataset']} needs --root DIR, the folder of the data set")
     split = args.get("train_split" if train else "val_split") or SPLITS[args["dataset"]][0 if train else 1]
@@ -88,6 +88,24 @@ def input_size(size, short_side):
     """(height, width) scaled so that the shorter measures `short_side` pixels; unchanged for 0."""
     f = short_side / min(size) if short_side else 1
     return tuple(max(1, round(n * f)) for n in size)
+
+
+class Remembered:
+    """A toy data set whose pictures are drawn once and then kept, as bytes: drawing costs more than a training step has to spare."""
+
+    def __init__(self, dataset):
+        self.dataset, self.categories, self.kept = dataset, dataset.categories, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        if i not in self.kept:
+            s = self.dataset[i]
+            self.kept[i] = (s.image * 255).round().to(torch.uint8), s.segments.to(torch.uint8), s
+            s.image = s.segments = None
+        image, segments, s = self.kept[i]
+        return data.Sample(image.float() / 255, segments.long(), s.categories, s.crowd, s.name)
 
 
 # --- From pictures to batches ---------------------------------------------------------------------------------------------
@@ -174,7 +192,7 @@ class MaskRCNN(nn.Module):
         anchors = AnchorGenerator(tuple((args["anchor_scale"] * s,) for s in strides), (tuple(args["ratios"]),) * len(strides))
         pool = [torchvision.ops.MultiScaleRoIAlign(levels, size, 2, canonical_scale=args["canonical"]) for size in (7, 14)]
         d = torchvision.models.detection
-        peer = Peer(self.body, int(self.isthing.sum()) + 1, rpn_anchor_generator=anchors, box_roi_pool=pool[0], mask_roi_pool=pool[1],
+        peer = Peer(self.body, None, rpn_anchor_generator=anchors, box_roi_pool=pool[0], mask_roi_pool=pool[1],
                     box_head=d.faster_rcnn.TwoMLPHead(c * 49, 4 * c), box_predictor=d.faster_rcnn.FastRCNNPredictor(4 * c, int(self.isthing.sum()) + 1),
                     mask_head=d.mask_rcnn.MaskRCNNHeads(c, (c,) * 4, 1), mask_predictor=d.mask_rcnn.MaskRCNNPredictor(c, c, int(self.isthing.sum()) + 1),
                     rpn_post_nms_top_n_train=2 * args["proposals"], rpn_post_nms_top_n_test=args["proposals"], box_batch_size_per_image=args["rois"])
@@ -340,6 +358,7 @@ def evaluate(model, dataset, args, world, folder, references=False):
     mine = range(world.rank, count, world.size)
     loader = DataLoader(torch.utils.data.Subset(dataset, mine), batch_size=None, num_workers=args["workers"], generator=torch.Generator())
     annotations, shown, seconds = [], [], 0.0
+    ids, image_ids = getattr(dataset, "category_ids", None), getattr(dataset, "image_ids", {})      # an evaluation server wants its own
     pictures = folder / "predictions"
     pictures.mkdir(parents=True, exist_ok=True)
     for sample in loader:
@@ -358,7 +377,7 @@ def evaluate(model, dataset, args, world, folder, references=False):
             scores["ceiling"].update(stride4_ceiling(sample, image.shape[1:]), sample.categories, *truth)
         if baseline:
             scores["baseline"].update(*baseline.predict(sample.image), *truth)
-        annotations.append(data.write_coco_png(pictures, sample.name, p.segments, p.categories, dataset.categories))
+        annotations.append(data.write_annotation(pictures, sample.name, p.segments, p.categories, None, ids, image_ids.get(sample.name)))
         if world.rank == 0 and len(shown) < 4:
             shown.append((sample, p))
     for score in scores.values():
@@ -371,7 +390,7 @@ def evaluate(model, dataset, args, world, folder, references=False):
     result |= {"AP_mask": scores["mask"].compute(), "AP_box": scores["box"].compute(), "images": count, "images_per_second": len(mine) * world.size / max(seconds, 1e-9)}
     result |= {name: scores[name].compute()["PQ"] for name in ("ceiling", "baseline") if name in scores}
     if world.rank == 0:
-        data.write_coco_json(folder / "predictions.json", annotations, dataset.categories)
+        data.write_panoptic_json(folder / "predictions", annotations, dataset.categories, ids)
         draw_predictions(folder / "predictions.png", shown, dataset.categories)
         (folder / "metrics.json").write_text(json.dumps(result, indent=1, default=float))
         print(scores["model"].table([k.name for k in dataset.categories]))
@@ -569,7 +588,7 @@ def predict(args, state, pictures, world, folder):
         with world.autocast():
             p = model.predict(small.to(world.device), native)
         segments, found = p.segments.cpu(), p.categories.cpu()
-        annotations.append(data.write_coco_png(out / "panoptic", path.stem, segments, found, categories))
+        annotations.append(data.write_annotation(out / "panoptic", path.stem, segments, found))
         fig, ax = plt.subplots(figsize=(native[1] / 100, native[0] / 100))
         fig.subplots_adjust(0, 0, 1, 1)
         data.draw(image, segments, found, categories, ax=ax)
@@ -578,7 +597,7 @@ def predict(args, state, pictures, world, folder):
         plt.close(fig)
         names = [categories[c].name for c in found.tolist()]
         print(f"{path}: " + (", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing found") + f" -> {out / path.stem}.png")
-    data.write_coco_json(out / "panoptic.json", annotations, categories)
+    data.write_panoptic_json(out / "panoptic", annotations, categories)
 
 
 def compare(args, world, folder):
@@ -629,7 +648,7 @@ def parse(argv):
     run.add_argument("--sampler", choices=SAMPLERS), run.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
     for name, what_for in (("short-side", "shorter side of a picture in pixels, 0: as it is"), ("batch", "crops a step, over all processes"), ("steps", "length"),
                            ("warmup", "steps"), ("interval", "steps between log lines"), ("stop-at", "stop there; the schedule stays"), ("seed", ""),
-                           ("eval-count", "pictures to evaluate on, 0: all"), ("workers", "loading processes"), ("threads", "of the CPU, 0: all")):
+                           ("scenes", "toy pictures to train on"), ("eval-count", "pictures to evaluate on, 0: all"), ("workers", "loading processes"), ("threads", "of the CPU, 0: all")):
         run.add_argument(f"--{name}", type=int, help=what_for)
     for name, what_for in (("lr", "learning rate"), ("clip", "norm of the gradients"), ("decay", "weight decay"), ("jitter", "of colours, 0..1")):
         run.add_argument(f"--{name}", type=float, help=what_for)
