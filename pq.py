@@ -238,7 +238,7 @@ def mask_intersections(pred_masks, gt, num_gt, memory=2 ** 22):
 
 
 def boxes_of(gt, num_gt):
-    """Boxes float64 [N, 4] (x1 y1 x2 y2, half open) of masks bool [N, H, W] or segments [H, W]. No pixel: nonsense."""
+    """Boxes float64 [N, 4] (x1 y1 x2 y2, half open) of masks bool [N, H, W] or segments [H, W]; undefined without a pixel."""
     H, W = gt.shape[-2:]
     if gt.ndim == 2:                                              # which segments does each row, each column hold?
         y, x = (torch.arange(n, device=gt.device) for n in (H, W))
@@ -313,7 +313,7 @@ class AveragePrecision:
         union = torch.where(crowd.to(union.device), pred_area.double()[:, None], union.double())    # [M, N]
         iou = (inter / union.clamp(min=1e-9)).cpu().masked_fill(categories[:, None] != gt_categories, -1)
         exists = (gt_area.cpu() > 0) & isthing[gt_categories]
-        iou, pred_area = iou[:, exists].numpy(), pred_area.cpu().numpy()                            # [M, N]; N may shrink
+        iou, pred_area = iou[:, exists].numpy(), pred_area.cpu().numpy()                            # [M, N], [M]
         gt_area, crowd, gt_categories = (v.cpu()[exists].numpy() for v in (gt_area, crowd, gt_categories))
         low, high = np.array(list(AREAS.values())).T[:, :, None]                                    # [A, 1] each
         gt_ignored = crowd | (gt_area < low) | (gt_area > high)                                     # [A, N]

@@ -220,7 +220,8 @@ def void_fraction(boxes, void):
 
 def match(boxes, gt_boxes, high, low, rescue=False):
     """For each of N boxes the ground truth of highest IoU: (index int64 [N], label int64 [N]); label 1 above `high`, 0 below
-    `low`, IGNORE between.  `rescue`: the best box of a ground truth is positive however low its IoU (ties all win)."""
+    `low`, IGNORE between.  `rescue`: the best box of a ground truth is positive however low its IoU (ties all win); which
+    ground truth it stands for stays its own best, as in Mask R-CNN."""
     if len(gt_boxes) == 0:
         zeros = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
         return zeros, zeros.clone()
@@ -231,12 +232,11 @@ def match(boxes, gt_boxes, high, low, rescue=False):
     label[best >= high] = 1
     if rescue and len(boxes):
         top = iou.max(1, keepdim=True).values
-        g, n = torch.where((iou == top) & (top > 0))
-        index[n], label[n] = g, 1
+        label[((iou == top) & (top > 0)).any(0)] = 1
     return index, label
 
 
-def sample(label, count, positive_share, generator=None):
+def sample(label, count, positive_share):
     """Draw `count` of the boxes with label 1 or 0, at most `positive_share` positives: (positives, negatives) as indices."""
     def draw(index, n):
         return index[torch.randperm(len(index), device=index.device)[:n]] if len(index) > n else index
@@ -313,7 +313,7 @@ class RegionProposalHead(nn.Module):
             logits = torch.cat([s[positive], s[negative]])
             truth = torch.cat([torch.ones_like(s[positive]), torch.zeros_like(s[negative])])
             objectness.append(F.binary_cross_entropy_with_logits(logits, truth, reduction="sum"))
-            g = index[positive] if len(gt) else positive
+            g = index[positive]
             regression.append(self.box_loss(d[positive], gt[g], anchors[positive], 1 / 9, image_size, truncated[g]).sum())
         n = self.samples * len(targets)
         return {"rph_score": sum(objectness) / n, "rph_box": sum(regression) / n}
@@ -583,7 +583,9 @@ class Seamless(nn.Module):
         scores, deltas, anchors, level = self.proposal_head(features, image_size)
         proposals = [self.proposal_head.proposals(s, d, anchors, level, image_size) for s, d in zip(scores, deltas)]
         found = self.region_head.detect(features, proposals, image_size)
-        return [{**f, "categories": self.things[f.pop("classes")]} for f in found]
+        for f in found:
+            f["categories"] = self.things[f.pop("classes")]
+        return found
 
     @torch.no_grad()
     def predict(self, image, size=None):

@@ -1,0 +1,344 @@
+"""The trainer's promises: it resumes bit for bit, shares its work among processes, loses nothing, and says what is wrong.
+
+Everything runs on pictures made here, with a network of a few thousand weights; what it learns is in the slow tests."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import seamless
+import train
+from pq import PanopticQuality
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--width 16 --body tiny --crop 64 96 --batch 2 --rois 16 --proposals 20 --scenes 6 --eval-count 3 --interval 2 --workers 0 --threads 1 "
+         "--precision float32 --warmup 4 --device cpu").split()
+
+
+def call(*words):
+    """train.py in this process."""
+    train.main([str(w) for w in words])
+
+
+def sentence(capsys, *words):
+    """What train.py says about bad input: exit code 2 and one sentence, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        call(*words)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err.strip()
+    assert "Traceback" not in err and len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    call(*SMALL, "--steps", 4, "--out", out)
+    return out
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    """Two street scenes in the official layout of Cityscapes: 8-bit pictures, 16-bit instance ids."""
+    official = {"road": 7, "sidewalk": 8, "building": 11, "vegetation": 21, "sky": 23, "person": 24, "car": 26, "truck": 27, "sign": 20}
+    write_cityscapes(tmp_path / "city", data.StreetScenes(2, size=(64, 128), seed=5), official)
+    return tmp_path / "city"
+
+
+def write_cityscapes(root, scenes, official, splits=("train", "val")):
+    for split in splits:
+        for kind in ("leftImg8bit", "gtFine"):
+            (root / kind / split / "town").mkdir(parents=True)
+        for i, s in enumerate(scenes):
+            ids = np.zeros(s.segments.shape, np.uint16)
+            for k, c in enumerate(s.categories.tolist(), 1):
+                thing = scenes.categories[c].isthing and scenes.categories[c].name != "sign"
+                ids[s.segments.numpy() == k] = official[scenes.categories[c].name] * 1000 + k if thing else official[scenes.categories[c].name]
+            name = f"town_{i:06d}_000000"
+            Image.fromarray((s.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(root / "leftImg8bit" / split / "town" / f"{name}_leftImg8bit.png")
+            Image.fromarray(ids).save(root / "gtFine" / split / "town" / f"{name}_gtFine_instanceIds.png")
+
+
+# --- What a run leaves behind ---------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_checkpoint_log_curves_pictures_metrics_and_predictions(trained):
+    for name in ("last.pt", "log.csv", "curves.png", "predictions.png", "metrics.json", "predictions.json"):
+        assert (trained / name).stat().st_size > 0, name
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {"PQ", "SQ", "RQ", "PQ_dagger", "Acc_th", "Prec_th", "mIoU", "ceiling", "baseline"} <= metrics.keys()
+    steps = [int(line.split(",")[0]) for line in (trained / "log.csv").read_text().splitlines()[1:]]
+    assert steps == [2, 4]
+
+
+def test_the_checkpoint_opens_with_weights_only(trained):
+    state = torch.load(trained / "last.pt", weights_only=True)
+    assert state["step"] == 4 and state["args"]["method"] == "seamless"
+
+
+def test_written_predictions_give_the_printed_pq_when_read_back(trained):
+    """The PNGs are decoded here by the format's definition, id = R + 256 G + 65536 B, and scored anew."""
+    panoptic = json.loads((trained / "predictions.json").read_text())
+    scenes = data.StreetScenes(3, seed=0)
+    pq = PanopticQuality([c.isthing for c in scenes.categories])
+    for i, a in enumerate(panoptic["annotations"]):
+        rgb = np.array(Image.open(trained / "predictions" / a["file_name"])).astype(np.int64)
+        ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        segments = np.zeros_like(ids)
+        for k, s in enumerate(a["segments_info"], 1):
+            segments[ids == s["id"]] = k
+            assert s["area"] == (ids == s["id"]).sum()
+        truth = scenes[i]
+        pq.update(torch.from_numpy(segments), torch.tensor([s["category_id"] for s in a["segments_info"]], dtype=torch.long),
+                  truth.segments, truth.categories, truth.crowd)
+    assert pq.compute()["PQ"] == pytest.approx(json.loads((trained / "metrics.json").read_text())["PQ"], abs=1e-9)
+
+
+def test_eval_of_a_checkpoint_repeats_the_metrics_of_the_run(trained, tmp_path):
+    call("--eval", trained / "last.pt", "--out", tmp_path)
+    a, b = (json.loads((f / "metrics.json").read_text()) for f in (trained, tmp_path))
+    assert a["per_category"] == b["per_category"] and a["AP_mask"] == b["AP_mask"]
+
+
+def test_predict_colours_anybodys_picture(trained, tmp_path, capsys):
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70), np.uint8))          # no RGB, odd size
+    grey.save(tmp_path / "mine.png")
+    call("--predict", trained / "last.pt", tmp_path / "mine.png", "--out", tmp_path)
+    assert Image.open(tmp_path / "predict" / "mine.png").size == (70, 50)
+    assert Image.open(tmp_path / "predict" / "panoptic" / "mine.png").size == (70, 50)
+    assert "mine.png" in capsys.readouterr().out
+
+
+# --- Resuming, processes, crashes -----------------------------------------------------------------------------------------
+
+def test_20_steps_equal_10_steps_and_a_resume_of_10(tmp_path):
+    """Bit for bit: weights, momentum, and what was logged."""
+    quick = [*SMALL, "--steps", 20, "--eval-count", 1]
+    call(*quick, "--out", tmp_path / "whole")
+    call(*quick, "--out", tmp_path / "parts", "--stop-at", 10)
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 10
+    call("--resume", tmp_path / "parts")
+    a, b = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "parts"))
+    assert a["step"] == b["step"] == 20
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for k, state in a["optimiser"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimiser"]["state"][k]["momentum_buffer"])
+    def losses(run):
+        return [line.split(",")[:-1] for line in (tmp_path / run / "log.csv").read_text().splitlines()]
+    assert losses("whole") == losses("parts")
+
+
+def test_another_seed_gives_other_weights(tmp_path, trained):
+    call(*SMALL, "--steps", 4, "--out", tmp_path / "b", "--seed", 1)
+    a, b = (torch.load(f / "last.pt", weights_only=True)["model"] for f in (trained, tmp_path / "b"))
+    assert any(not torch.equal(a[k], b[k]) for k in a if a[k].dtype.is_floating_point)
+
+
+def test_crop_k_is_the_same_for_any_number_of_workers_and_ranks():
+    scenes = data.StreetScenes(4, size=(64, 128), seed=1)
+    options = dict(crop_size=(32, 48), scale=(0.8, 1.25), jitter=0.1, seed=3)
+    alone = iter(train.CropSampler(scenes, start=0, **options))
+    first = [next(alone) for _ in range(8)]
+    for rank in range(2):
+        loader = torch.utils.data.DataLoader(train.CropSampler(scenes, start=2, rank=rank, world=2, **options), batch_size=None, num_workers=2)
+        for (image, target), k in zip(loader, range(2 + rank, 8, 2)):
+            assert torch.equal(image, first[k][0]) and torch.equal(target.segments, first[k][1].segments)
+
+
+def test_two_processes_train_and_print_the_table_of_one(tmp_path, trained):
+    """torchrun with gloo: training works, and evaluation on two ranks prints the very table that one rank prints."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    run = subprocess.run([*torchrun, *SMALL, "--steps", "2", "--out", str(tmp_path / "two")], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert torch.load(tmp_path / "two" / "last.pt", weights_only=True)["step"] == 2
+    single = [sys.executable, str(ROOT / "train.py")]
+    tables = []
+    for i, command in enumerate((single, torchrun)):
+        out = subprocess.run([*command, "--eval", str(tmp_path / "two" / "last.pt"), "--out", str(tmp_path / f"e{i}")], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert out.returncode == 0, out.stderr[-2000:]
+        tables.append([line for line in out.stdout.splitlines() if "a second" not in line])
+    assert len(tables[0]) > 9 and tables[0] == tables[1]
+    a, b = (json.loads((tmp_path / f"e{i}" / "metrics.json").read_text()) for i in range(2))
+    assert a["AP_mask"] == b["AP_mask"] and a["AP_box"] == b["AP_box"]
+
+
+def test_kill_9_while_a_checkpoint_is_written_keeps_the_previous_one(tmp_path):
+    """A process writes checkpoints for ever and is killed at random moments; what lies there is always whole."""
+    code = ("import sys, torch; sys.path.insert(0, sys.argv[1]); import train; from pathlib import Path; k = 0\n"
+            "while True:\n    k += 1; train.save_checkpoint(Path('last.pt'), {'step': k, 'w': torch.full((500_000,), float(k))})\n"
+            "    print(k, flush=True)")
+    for moment in range(3):
+        p = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE)
+        p.stdout.readline()
+        time.sleep(0.05 + 0.013 * moment)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        state = torch.load(tmp_path / "last.pt", weights_only=True)
+        assert (state["w"] == state["step"]).all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
+    def broken(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
+        return deltas.sum(1) * float("nan")
+    monkeypatch.setitem(train.BOX_LOSSES, "standard", broken)
+    said = sentence(capsys, *SMALL, "--steps", 4, "--out", tmp_path / "run")
+    assert "not finite" in said and "rph_box" in said and "--lr" in said
+
+
+# --- Recipes and schedules ------------------------------------------------------------------------------------------------
+
+def test_the_cityscapes_recipe_is_the_papers():
+    """Section 5: 48k steps, 1e-2, a tenth after 36k and 44k, warm-up from a third in 200 steps; 5.3 for Vistas."""
+    a = train.RECIPES["cityscapes"]
+    assert (a["steps"], a["lr"], a["warmup"], a["short_side"], a["scale"]) == (48000, 0.01, 200, 1024, [0.5, 2.0])
+    factor = [train.rate(k, 48000, a) for k in (0, 100, 200, 35999, 36000, 43999, 44000)]
+    assert factor == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.01])
+    v = train.RECIPES["mapillary"]
+    assert (v["ratios"], v["anchor_scale"], v["short_side"], v["steps"]) == ([0.2, 0.5, 1, 2, 5], 2, 1920, 192000)
+    assert [round(d * v["steps"]) for d in v["drops"]] == [144000, 176000]
+
+
+def test_without_freezing_norms_and_biases_do_not_decay():
+    """Table 1, last row."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    all_decay = train.parameter_groups(model, {"no_freeze": False})
+    assert len(all_decay) == 1 and len(all_decay[0]["params"]) == 4
+    some, none = train.parameter_groups(model, {"no_freeze": True})
+    assert [p.ndim for p in some["params"]] == [4] and len(none["params"]) == 3 and none["weight_decay"] == 0
+
+
+def test_a_method_with_stages_trains_one_after_the_other(tmp_path, monkeypatch):
+    """The protocol's third method: parameters, optimiser and share of the steps of each stage; the rest stands still."""
+    class Staged(seamless.Seamless):
+        def stages(self):
+            sgd = lambda p: torch.optim.SGD(p, 0.01)                                           # noqa: E731
+            rest = [p for n, p in self.named_parameters() if not n.startswith("semantic_head")]
+            return [("rest", rest, sgd, 0.5), ("semantic", list(self.semantic_head.parameters()), sgd, 0.5)]
+    def build(categories, args):
+        return Staged([k.isthing for k in categories], train.build_body(args), canonical=56, anchor_scale=4, hidden=16, box_channels=16,
+                      mask_channels=16, semantic_channels=8, window=8, samples=(16, 16), after=(20, 20))
+    monkeypatch.setitem(train.METHODS, "seamless", build)
+    quick = [*SMALL, "--steps", 4, "--eval-count", 1]
+    call(*quick, "--out", tmp_path / "half", "--stop-at", 2)
+    half = torch.load(tmp_path / "half" / "last.pt", weights_only=True)["model"]
+    torch.manual_seed(0)
+    start = build(data.StreetScenes(1).categories, {**train.DEFAULTS, **train.RECIPES["street"], "width": 16, "frozen": 0}).state_dict()
+    call("--resume", tmp_path / "half")
+    end = torch.load(tmp_path / "half" / "last.pt", weights_only=True)["model"]
+    def moved(a, b, part):
+        return any(not torch.equal(a[k], b[k]) for k in a if k.startswith(part) and k.endswith("weight"))
+    assert moved(start, half, "body") and not moved(start, half, "semantic_head")
+    assert moved(half, end, "semantic_head") and not moved(half, end, "body")
+
+
+def test_real_data_sets_train_and_score_at_native_size(cityscapes, tmp_path):
+    call("--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--short-side", 96, "--steps", 2, "--out", tmp_path / "run")
+    png = Image.open(next((tmp_path / "run" / "predictions").glob("*.png")))
+    assert png.size == (128, 64)
+
+
+def test_whole_pictures_of_different_sizes_are_padded_with_void():
+    a = (torch.ones(3, 4, 6), data.crop(data.StreetScenes(1, size=(64, 128))[0], 0, 0, (4, 6))[1])
+    b = (torch.ones(3, 5, 3), data.crop(data.StreetScenes(1, size=(64, 128))[0], 0, 0, (5, 3))[1])
+    images, targets = train.collate([a, b])
+    assert images.shape == (2, 3, 5, 6) and images[0, :, 4].sum() == 0 and images[1, :, :, 3:].sum() == 0
+    assert all(t.segments.shape == (5, 6) for t in targets) and targets[0].segments[4].sum() == 0 and targets[1].segments[:, 3:].sum() == 0
+
+
+def test_the_stride_4_ceiling_of_a_half_plane_aligned_with_the_cells_is_perfect_and_of_a_fine_comb_is_not():
+    half, comb = torch.ones(32, 32, dtype=torch.long), torch.ones(32, 32, dtype=torch.long)
+    half[:, 16:] = 2
+    comb[:, ::4] = 2                                                   # one column in four never wins a cell
+    for segments, survives in ((half, True), (comb, False)):
+        s = data.Sample(torch.zeros(3, 32, 32), segments, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), "")
+        assert torch.equal(train.stride4_ceiling(s, (32, 32)), segments) == survives
+    assert torch.equal(train.stride4_ceiling(data.Sample(torch.zeros(3, 32, 32), comb, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), ""), (128, 128)), comb)
+
+
+# --- Wrong input: one sentence, exit code 2 -------------------------------------------------------------------------------
+
+def test_a_missing_root_is_named(capsys, tmp_path):
+    assert "--root" in sentence(capsys, "--dataset", "cityscapes")
+    assert str(tmp_path / "nowhere") in sentence(capsys, "--dataset", "cityscapes", "--root", tmp_path / "nowhere", "--weights", "none")
+
+
+def test_images_without_labels_are_named(capsys, cityscapes, tmp_path):
+    for f in (cityscapes / "gtFine").rglob("*.png"):
+        f.unlink()
+    assert "gtFine" in sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--out", tmp_path / "r")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_png_is_named_even_from_a_loading_process(capsys, cityscapes, tmp_path, workers):
+    for f in (cityscapes / "leftImg8bit" / "train").rglob("*.png"):
+        f.write_bytes(f.read_bytes()[:300])
+    said = sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--workers", workers, "--out", tmp_path / "r")
+    assert "leftImg8bit.png" in said
+
+
+def test_a_label_of_another_size_is_named(capsys, cityscapes, tmp_path):
+    for f in (cityscapes / "gtFine" / "train").rglob("*.png"):
+        Image.fromarray(np.zeros((10, 10), np.uint16)).save(f)
+    said = sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--out", tmp_path / "r")
+    assert "instanceIds.png" in said and "10 x 10" in said
+
+
+def test_an_unknown_id_is_named(capsys, cityscapes, tmp_path):
+    for f in (cityscapes / "gtFine" / "train").rglob("*.png"):
+        Image.fromarray(np.full((64, 128), 77, np.uint16)).save(f)
+    assert "77" in sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--out", tmp_path / "r")
+
+
+def test_a_truncated_checkpoint_is_named(capsys, trained, tmp_path):
+    (tmp_path / "cut.pt").write_bytes((trained / "last.pt").read_bytes()[:5000])
+    assert "cut.pt" in sentence(capsys, "--eval", tmp_path / "cut.pt")
+    assert "no such file" in sentence(capsys, "--eval", tmp_path / "nothing.pt")
+
+
+def test_a_file_of_something_else_is_no_checkpoint(capsys, tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "no checkpoint" in sentence(capsys, "--eval", tmp_path / "other.pt")
+
+
+def test_a_checkpoint_of_another_method_is_refused(capsys, trained):
+    assert "maskrcnn" in sentence(capsys, "--eval", trained / "last.pt", "--method", "maskrcnn")
+
+
+def test_a_checkpoint_of_other_categories_is_refused(capsys, trained, cityscapes):
+    said = sentence(capsys, "--eval", trained / "last.pt", "--dataset", "cityscapes", "--root", cityscapes)
+    assert "9 categories" in said and "19" in said
+
+
+def test_a_picture_that_is_no_picture_is_named(capsys, trained, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    assert "text.png" in sentence(capsys, "--predict", trained / "last.pt", tmp_path / "text.png", "--out", tmp_path)
+
+
+def test_weights_that_cannot_be_had_are_named(capsys, tmp_path, cityscapes, monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    said = sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, "--out", tmp_path / "r", "--workers", 0)
+    assert "--weights FILE" in said and "--weights none" in said
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pt")
+    assert "not the weights of resnet50" in sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, "--out", tmp_path / "r2", "--weights", tmp_path / "w.pt")
+
+
+def test_a_finished_run_is_not_overwritten(capsys, trained):
+    before = (trained / "last.pt").read_bytes()
+    assert "--resume" in sentence(capsys, *SMALL, "--steps", 2, "--out", trained)
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_a_batch_that_cannot_be_shared_and_a_gpu_that_is_not_there_are_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cuda" in sentence(capsys, *SMALL, "--device", "cuda", "--out", tmp_path / "r")
