@@ -5,14 +5,14 @@
     de Geus, Dubbelman: Intra-Batch Supervision for Panoptic Segmentation on High-Resolution Images. WACV 2023,
     sections 3.3 and 6.2.                                                                [Acc_th, Prec_th, confusion]
 
-Semantic segmentation has mIoU, which cannot tell two cars from one; detection has AP, which wants scores and lets
-masks overlap. A panoptic segmentation gives each pixel one segment and has no scores. PQ compares two such maps:
+mIoU cannot tell two cars from one; AP wants scores and lets masks overlap. A panoptic segmentation gives each pixel one
+segment and has no scores. PQ compares two such maps:
 
         PQ_c  =    Σ_TP IoU / |TP|    ×    |TP| / (|TP| + ½ |FP| + ½ |FN|)        a pair (s, ŝ) is a TP if IoU > ½
                          SQ                              RQ = F1
 
-Segments do not overlap, so a segment shares more than half with one other at most: there is no matching problem to
-solve. It is an elegant rule, and two of our papers name its price.
+Segments do not overlap, so each shares more than half with one other at most: there is no matching problem to solve.
+It is an elegant rule, and two of our papers name its price.
 
 PQ† (Porzi et al.). All pixels of a stuff class in an image are one segment, whose worth hangs on a cliff. In their
 Figure 3 traffic light and pole come to nothing and sidewalk to 0.62, "even if they look qualitatively similar":
@@ -21,9 +21,8 @@ Figure 3 traffic light and pole come to nothing and sidewalk to 0.62, "even if t
         PQ_c       0     0    | 0.51  0.62        So M_c takes every pair with IoU > 0:
         PQ†_c      0.46  0.49 | 0.51  0.62                PQ†_c = 1/|M_c| Σ_{M_c} IoU
 
-    It is not the kinder metric throughout, only a blunter one. What is in no pair costs nothing: a stuff class that is
-    hallucinated in an image without it, and one that is missed altogether, both add nothing to M_c. Each would add
-    one half to PQ's denominator.
+    That is blunter, not just kinder. What is in no pair costs nothing: a stuff class hallucinated in an image without
+    it, and one missed altogether, add nothing to M_c. Each would add one half to PQ's denominator.
 
 Acc_th, Prec_th (de Geus et al.). PQ counts segments, so one large bus that was cut in two weighs as little as one
 distant pedestrian. Counting pixels of matched things shows it: training Panoptic FCN on crops instead of full images
@@ -33,8 +32,8 @@ distant pedestrian. Counting pixels of matched things shows it: training Panopti
 Everything but AP is computed from one small matrix, the areas of all intersections (predicted × ground truth
 segments), which one bincount over the pixels yields. AP for boxes and masks follows COCO to the last detail.
 
-Run:   python pq.py            the cliff at IoU ½, figures/pq.png; seconds on one core
-Spec:  pytest tests/test_pq.py;    speed: python tests/bench.py pq
+Run:  python pq.py (the cliff at IoU ½, figures/pq.png; seconds)    Spec:  pytest tests/test_pq.py
+                                                                  Speed: python tests/bench.py pq
 """
 import argparse
 import numpy as np
@@ -173,8 +172,7 @@ class PanopticQuality:
         columns = {"pq": pq, "sq": sq, "rq": rq, "pq_dagger": dagger, "iou": iou, "tp": tp.long(), "fp": fp.long(),
                    "fn": fn.long(), "isthing": thing}
         rows = zip(*(column.tolist() for column in columns.values()))
-        result["per_category"] = [dict(zip(columns, row)) for row in rows]
-        return result
+        return result | {"per_category": [dict(zip(columns, row)) for row in rows]}
 
     def table(self, names):
         """The result as text, a line per category that occurs; names [C]."""
@@ -185,7 +183,7 @@ class PanopticQuality:
             return f"{name:{width}}" + "".join(f"{row[key]:7.1f}" for key in keys)
         lines = [f"{'':{width}}     PQ     SQ     RQ    PQ†    IoU      TP      FP      FN"]
         for name, row in zip(names, result["per_category"]):
-            if row["tp"] + row["fp"] + row["fn"]:
+            if any(row[key] for key in ("tp", "fp", "fn")):
                 lines.append(line(name, row, ("pq", "sq", "rq", "pq_dagger", "iou"))
                              + "".join(f"{row[key]:8d}" for key in ("tp", "fp", "fn")))
         lines += ["-" * len(lines[0]), line("All", result, ("PQ", "SQ", "RQ", "PQ_dagger", "mIoU")),
@@ -219,26 +217,29 @@ AREAS = {"": (0, 1e10), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2), "
 MAX_DETECTIONS = 100                                              # per image and category
 
 
-def mask_intersections(pred_masks, gt, num_gt, memory=2 ** 22):
-    """Pixels shared by each of pred_masks bool [M, H, W] and each of gt: masks bool [N, H, W] or segments [H, W].
+def mask_intersections(pred_masks, gt, num_gt, memory=2 ** 24):
+    """Pixels that each of pred_masks bool [M, H, W] shares with each of gt, masks bool [N, H, W] or segments [H, W].
 
-    Returns float64 [M, N]. One matrix product, in chunks of pixels so that large masks never stand in memory as floats;
-    a chunk's counts stay below 2^24 and so are exact in float32.
+    Returns int64 [M, N] and the areas of the predictions [M]. Only pixels inside a mask are looked at, and at most
+    `memory` numbers at a time: a hundred masks of 1024x2048 would be gigabytes as floats.
     """
     pred, gt = pred_masks.flatten(1), gt.flatten(-2)                                                # [M, HW], [(N,) HW]
-    ids = torch.arange(1, num_gt + 1, device=gt.device)[:, None]                                    # [N, 1]
-    step = max(1, memory // (len(pred) + num_gt + 1))
-    inter = torch.zeros(len(pred), num_gt, dtype=torch.float64, device=pred.device)
-    with torch.autocast(pred.device.type, enabled=False):         # bfloat16 cannot count beyond 256
-        for i in range(0, pred.shape[1], step):
-            part = gt[..., i:i + step]
-            part = part == ids if part.ndim == 1 else part                                          # [N, step]
-            inter += pred[:, i:i + step].float() @ part.float().T
-    return inter
+    M, N = len(pred), num_gt
+    inter, area = pred.new_zeros(M, N, dtype=torch.int64), pred.new_zeros(M, dtype=torch.int64)
+    step = max(1, memory // max(1, M * (N if gt.ndim == 2 else 1)))
+    for i in range(0, pred.shape[1], step):
+        m, pixel = pred[:, i:i + step].nonzero(as_tuple=True)                                       # [n] each
+        part = gt[..., i:i + step][..., pixel]                                                      # [n] or [N, n]
+        area += torch.bincount(m, minlength=M)
+        if gt.ndim == 1:
+            inter += torch.bincount(m * (N + 1) + part, minlength=M * (N + 1)).view(M, N + 1)[:, 1:]
+        else:
+            inter.index_add_(0, m, part.T.long())
+    return inter, area
 
 
 def boxes_of(gt, num_gt):
-    """Boxes float64 [N, 4] (x1 y1 x2 y2, half open) of masks bool [N, H, W] or segments [H, W]; undefined without a pixel."""
+    """Boxes float64 [N, 4] (x1 y1 x2 y2, half open) of masks bool [N, H, W] or segments [H, W], each with a pixel."""
     H, W = gt.shape[-2:]
     if gt.ndim == 2:                                              # which segments does each row, each column hold?
         y, x = (torch.arange(n, device=gt.device) for n in (H, W))
@@ -246,12 +247,8 @@ def boxes_of(gt, num_gt):
         columns = torch.bincount((gt * W + x).flatten(), minlength=(num_gt + 1) * W).view(-1, W)[1:] > 0
     else:
         rows, columns = gt.any(2), gt.any(1)                                                        # [N, H], [N, W]
-
-    ends = []
-    for hit in (columns, rows):
-        i = torch.arange(hit.shape[1], device=hit.device)
-        ends.append((torch.where(hit, i, hit.shape[1]).amin(1), torch.where(hit, i + 1, 0).amax(1)))
-    return torch.stack([first_or_last for pair in zip(*ends) for first_or_last in pair], 1).double()
+    (x1, x2), (y1, y2) = ((hit.int().argmax(1), hit.shape[1] - hit.int().flip(1).argmax(1)) for hit in (columns, rows))
+    return torch.stack([x1, y1, x2, y2], 1).double()
 
 
 class AveragePrecision:
@@ -283,6 +280,7 @@ class AveragePrecision:
         pred, gt = torch.as_tensor(pred), torch.as_tensor(gt)
         gt = gt.to(pred.device, torch.int64 if gt.ndim == 2 else torch.bool)
         categories, gt_categories, crowd = small_inputs(categories, gt_categories, gt_crowd, self.num_categories)
+        isthing = torch.as_tensor([True] * self.num_categories if isthing is None else isthing).bool().cpu()
         scores, N = torch.as_tensor(scores, dtype=torch.float64).cpu(), len(gt_categories)
         if pred.shape[1:] != (gt.shape[-2:] if self.kind == "mask" else (4,)):
             raise ValueError(f"predictions {list(pred.shape)} are no {'masks' if self.kind == 'mask' else 'boxes'} for "
@@ -292,7 +290,6 @@ class AveragePrecision:
         low, high = map(int, torch.aminmax(gt)) if gt.ndim == 2 else (0, len(gt))
         if low < 0 or high > N or gt.ndim == 3 and high < N:
             raise ValueError(f"ground truth segments go from {low} to {high}, but there are {N} categories")
-        isthing = torch.as_tensor([True] * self.num_categories if isthing is None else isthing).bool().cpu()
 
         # The best 100 of each category, in the order of scores; the sort is stable, as pycocotools' is.
         order = torch.sort(scores, descending=True, stable=True).indices
@@ -303,7 +300,7 @@ class AveragePrecision:
 
         gt_area = gt_size = torch.bincount(gt.flatten(), minlength=N + 1)[1:] if gt.ndim == 2 else gt.sum((1, 2))
         if self.kind == "mask":
-            inter, pred_area = mask_intersections(pred.bool(), gt, N), pred.bool().sum((1, 2))     # [M, N], [M]
+            inter, pred_area = mask_intersections(pred.bool(), gt, N)                               # [M, N], [M]
         else:
             box, pred = boxes_of(gt, N), pred.double()
             corners = torch.minimum(pred[:, None, 2:], box[:, 2:]), torch.maximum(pred[:, None, :2], box[:, :2])
@@ -366,14 +363,10 @@ class AveragePrecision:
             at = torch.searchsorted(recall, recalls.expand(*recall.shape[:2], -1).contiguous())     # [T, A, 101]
             value = 100 * precision.gather(-1, at).mean(-1)                                         # [T, A]
             ap[c] = torch.where(torch.from_numpy(self.positives[c] > 0), value, torch.nan)
-        per_threshold = ap[..., 0].nanmean(0).tolist()
         result = {f"AP{suffix}": ap[..., i].nanmean().item() for i, suffix in enumerate(AREAS)}
-        for t in (0.5, 0.75):
-            found = np.flatnonzero(np.isclose(self.thresholds, t))
-            result[f"AP{100 * t:.0f}"] = per_threshold[found[0]] if len(found) else torch.nan
-        result["per_threshold"] = dict(zip(self.thresholds.tolist(), per_threshold))
-        result["per_category"] = ap[..., 0].nanmean(1).tolist()
-        return result
+        result |= {f"AP{t}": ap[:, np.isclose(100 * self.thresholds, t), 0].nanmean().item() for t in (50, 75)}
+        per_threshold = dict(zip(self.thresholds.tolist(), ap[..., 0].nanmean(0).tolist()))
+        return result | {"per_threshold": per_threshold, "per_category": ap[..., 0].nanmean(1).tolist()}
 
 
 def average_precision(predictions, ground_truths, num_categories, iou_thresholds=COCO_THRESHOLDS, kind="mask",
@@ -393,8 +386,7 @@ def draw_street(shift, H=256, W=512):
     """Segments [H, W] 1 sky 2 building 3 road 4 sidewalk 5 car; the sidewalk ends `shift` pixels too early."""
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     segments = torch.where(y > 60 + 25 * ((x // 64 * 37) % 5) // 4, 2, 1)
-    segments[y > 0.55 * H] = 3
-    segments[(y > 0.55 * H) & (x + shift < 60 + 0.9 * (H - y))] = 4
+    segments[y > 0.55 * H] = 3 + (x + shift < 60 + 0.9 * (H - y)).long()[y > 0.55 * H]
     segments[((x - 330) / 70) ** 2 + ((y - 160) / 38) ** 2 < 1] = 5
     return segments
 
@@ -405,13 +397,12 @@ def demo(full=False):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from pathlib import Path
+    plt.rcParams["font.size"] = 13
 
     truth, rows = draw_street(0), []
     for shift in torch.linspace(0, 120, 961 if full else 241).tolist():
-        metric = PanopticQuality([False, False, False, False, True])
-        metric.update(draw_street(shift), range(5), truth, range(5))
-        row = metric.compute()["per_category"][3]
-        rows.append((row["iou"], row["pq"], row["pq_dagger"], shift))
+        (metric := PanopticQuality([False] * 4 + [True])).update(draw_street(shift), range(5), truth, range(5))
+        rows.append([metric.compute()["per_category"][3][key] for key in ("iou", "pq", "pq_dagger")] + [shift])
     rows = np.array(rows)                                                                           # [shifts, 4]
     at = {iou: rows[np.abs(rows[:, 0] - iou).argmin()] for iou in (46, 49, 51, 62)}
 
@@ -419,12 +410,10 @@ def demo(full=False):
     for name, iou in (("traffic light", 46), ("pole", 49), ("", 51), ("sidewalk", 62)):
         said = f"Seamless, Figure 3: {name:13} IoU .{iou} -> PQ_c {'.62' if iou == 62 else 0}" if name else ""
         print(f"{said:>60} | IoU {at[iou][0]:.1f} -> PQ_c {at[iou][1]:.1f}, PQ†_c {at[iou][2]:.1f}")
-    # Twenty small cars and two large ones; the two large ones are taken for a single car.
-    cars = torch.zeros(80, 100, dtype=torch.int64)
+    cars = torch.zeros(80, 100, dtype=torch.int64)                      # twenty small cars, and two large ones that are
     cars[:40] = 1 + torch.arange(10).repeat_interleave(10) + 10 * torch.arange(2).repeat_interleave(20)[:, None]
-    cars[40:] = 21 + torch.arange(2).repeat_interleave(50)
-    metric = PanopticQuality([True])
-    metric.update(cars.clamp(max=21), [0] * 21, cars, [0] * 22)
+    cars[40:] = 21 + torch.arange(2).repeat_interleave(50)              # taken for one
+    (metric := PanopticQuality([True])).update(cars.clamp(max=21), [0] * 21, cars, [0] * 22)
     lost = ", ".join(f"{name} {metric.compute()[name] - 100:.1f}" for name in ("PQ_th", "Acc_th", "Prec_th"))
     print(f"{'IBS, Table 1, crops: PQ_th +1.1, Acc_th -3.8, Prec_th -4.6':>60} | 2 of 22 cars taken for one: {lost}")
 
@@ -439,17 +428,16 @@ def demo(full=False):
         axes.set_title("sidewalk IoU {:.1f}:  PQ$_c$ {:.1f},  PQ$^†_c$ {:.1f}".format(*at[iou]), fontsize=13)
         axes.set_axis_off()
     axes, above = figure.add_subplot(grid[:, 1]), rows[:, 0] > 50
-    axes.plot(rows[above, 0], rows[above, 1], color="tab:red", lw=3, label="PQ$_c$")
-    axes.plot(rows[~above, 0], rows[~above, 1], color="tab:red", lw=3)
+    for part, label in ((above, "PQ$_c$"), (~above, None)):
+        axes.plot(rows[part, 0], rows[part, 1], color="tab:red", lw=3, label=label)
     axes.plot(rows[:, 0], rows[:, 2], color="tab:blue", lw=2, ls="--", label="PQ$^†_c$")
     for iou, label, y in ((49, "the two pictures", 16), (51, "", 21)):
         axes.plot(at[iou][0], at[iou][1], "o", color="tab:red", ms=9)
-        axes.annotate(label, at[iou][:2], (52, y), fontsize=13, arrowprops={"arrowstyle": "->"})
-    axes.set(xlim=(20, 100), ylim=(-3, 103), title="one stuff class, one picture")
-    axes.set_xlabel("IoU of the sidewalk with its ground truth (%)", fontsize=13)
-    axes.tick_params(labelsize=12)
+        axes.annotate(label, at[iou][:2], (52, y), arrowprops={"arrowstyle": "->"})
+    axes.set(xlim=(20, 100), ylim=(-3, 103), xlabel="IoU of the sidewalk with its ground truth (%)")
+    axes.set_title("one stuff class, one picture", fontsize=13)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=14, loc="upper left")
+    axes.legend(loc="upper left")
     path = Path(__file__).parent / "figures" / "pq.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

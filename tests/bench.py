@@ -1,0 +1,182 @@
+"""Measurements behind the claims of speed; pq on one core.     python tests/bench.py [pq seamless ...]
+
+One function per subject; without arguments all of them run. Each prints its numbers and fails where one misses its bar.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def best(function, repeats=9):
+    """Shortest wall time of some runs, in seconds, after one to warm up: the run that others disturbed least."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def street_pair(H=1024, W=2048, seed=0):
+    """A picture of Cityscapes' size: 10 stuff segments in stripes, 50 things as ellipses; the prediction is off by some
+    pixels and has one segment in twelve wrong. Segments [H, W] twice, categories [60]: stuff 0..9, things 10..18."""
+    g = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    gt = 1 + (y * 10 // H)
+    for k in range(50):
+        cx, cy = torch.rand(2, generator=g) * torch.tensor([W, H])
+        rx, ry = 15 + 100 * torch.rand(2, generator=g) ** 2
+        gt[((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1] = 11 + k
+    pred = gt.roll((4, -7), (0, 1))
+    pred[pred % 12 == 5] = 0
+    gt[-40:] = 0
+    return pred.contiguous(), gt.contiguous(), torch.cat([torch.arange(10), 10 + torch.arange(50) % 9])
+
+
+def pq():
+    """PQ of a 1024x2048 pair with 60 segments against the bare histogram that it needs, and torchmetrics."""
+    from pq import AveragePrecision, PanopticQuality
+    pred, gt, categories = street_pair()
+    isthing = torch.arange(19) >= 10
+
+    def ours():
+        metric = PanopticQuality(isthing)
+        metric.update(pred, categories, gt, categories)
+        return metric.compute()
+    seconds, floor = best(ours), best(lambda: torch.bincount((pred * 61 + gt).flatten()))
+    print(f"PQ, 1024x2048, 60 segments   {1e3 * seconds:8.1f} ms")
+    print(f"bare index and bincount      {1e3 * floor:8.1f} ms      ours takes {seconds / floor:.2f} of it (bar: 4)")
+    assert seconds <= 4 * floor
+    try:
+        from torchmetrics.detection import PanopticQuality as Torchmetrics
+    except ImportError:
+        print("torchmetrics is not installed: no comparison")
+    else:
+        def pairs(segments):                                      # [1, H, W, 2]: category and instance; 19 is void
+            return torch.stack([torch.cat([torch.tensor([19]), categories])[segments], segments], -1)[None]
+        theirs = Torchmetrics(things=set(range(10, 19)), stuffs={*range(10), 19}, return_per_class=True)
+        a, b = pairs(pred), pairs(gt)
+        slow = best(lambda: theirs(a, b), repeats=3)
+        print(f"torchmetrics                 {1e3 * slow:8.1f} ms      {slow / seconds:.0f} times ours (bar: 100)")
+        assert slow >= 100 * seconds
+
+    # AP of masks: one large picture, and the 2,000 pictures of 20 cells that AdaptIS reports AP on.
+    masks = pred == torch.arange(11, 61)[:, None, None]                                             # [50, H, W]
+    detections = masks, torch.linspace(1, 0, 50), categories[10:]
+    seconds = best(lambda: AveragePrecision(19).update(*detections, gt, categories, isthing=isthing), 3)
+    print(f"mask AP, 1024x2048, 50 detections, 60 segments    {1e3 * seconds:8.1f} ms a picture")
+    y, x = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+    cells = y // 20 * 5 + x // 20 + 1
+    found = cells.roll(2, 0) == torch.arange(1, 21)[:, None, None]
+
+    def many():
+        metric = AveragePrecision(1, kind="mask")
+        for _ in range(2000):
+            metric.update(found, torch.linspace(1, 0, 20), torch.zeros(20), cells.clamp(max=20), torch.zeros(20))
+        return metric.compute()
+    print(f"mask AP, 2000 pictures 96x96 of 20 cells          {best(many, 1):8.1f} s")
+
+
+def toy_targets(count, height, width, things=12, seed=0):
+    """Pictures of noise with random boxes as objects, and their targets: enough to make every head work."""
+    import data
+    g = torch.Generator().manual_seed(seed)
+    crops = []
+    for i in range(count):
+        segments = 1 + (torch.arange(height)[:, None] * 4 // height).expand(height, width).clone()
+        for k in range(things):
+            h, w = (16 + (torch.rand(2, generator=g) ** 2 * torch.tensor([height / 2, width / 3]))).long().tolist()
+            y, x = int(torch.randint(height - h, (), generator=g)), int(torch.randint(width - w, (), generator=g))
+            segments[y:y + h, x:x + w] = 5 + k
+        categories = torch.cat([torch.arange(4), 11 + torch.arange(things) % 8])
+        sample = data.Sample(torch.rand(3, height, width, generator=g), segments, categories, torch.zeros(4 + things, dtype=torch.bool), str(i))
+        crops.append(data.crop(sample, 0, 0, (height, width), image_id=i))
+    return crops
+
+
+def seamless():
+    """Training and full-image inference of the Cityscapes model beside torchvision's Mask R-CNN at the same picture size."""
+    import torchvision
+    from seamless import Seamless, ledger, resnet_fpn, thing_truth
+    from train import collate
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    # On a CPU the same code runs on smaller work, to be tried; the numbers of interest are a GPU's.
+    batch, crop, full, repeats = (16, (512, 1024), (1024, 2048), 10) if cuda else (1, (128, 256), (256, 512), 1)
+    if not cuda:
+        torch.set_num_threads(torch.get_num_threads() if torch.get_num_threads() > 1 else 2)
+    print(torch.cuda.get_device_name() if cuda else "no GPU: a small trial on the CPU", f"| crops {batch} x {crop}, pictures {full}, torch {torch.__version__}")
+    isthing = torch.arange(19) >= 11
+    ours = Seamless(isthing, resnet_fpn("resnet50")).to(device, memory_format=torch.channels_last)
+    # All 1000 proposals of both networks become candidates, so untrained weights do not make the heads' work vanish.
+    peer = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=9, trainable_backbone_layers=5,
+                                                              min_size=crop[0], max_size=crop[1]).to(device)
+    images, targets = collate(toy_targets(batch, *crop))
+    images, targets = images.to(device), [t.to(device) for t in targets]
+    theirs = []
+    for t in targets:
+        ids, boxes, _, category = thing_truth(t, isthing.to(device))
+        theirs.append({"boxes": boxes, "labels": category - 10, "masks": (t.segments == ids[:, None, None]).to(torch.uint8)})
+
+    def timed(function):
+        if cuda:
+            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+        def call():
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+        seconds = best(call, repeats)
+        return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+
+    def training(net, losses):
+        optimiser = torch.optim.SGD(net.parameters(), 1e-4)
+        net.train()
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                total = sum(losses().values())
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            optimiser.step()
+        return step
+
+    laid_out = images.contiguous(memory_format=torch.channels_last)
+    rows = {"training, seamless": timed(training(ours, lambda: ours.losses(laid_out, targets))),
+            "training, torchvision": timed(training(peer, lambda: peer(list(images), theirs)))}
+    peer.transform.min_size, peer.transform.max_size = (full[0],), full[1]
+    picture = torch.rand(3, *full, device=device)
+
+    @torch.no_grad()
+    def inference(call):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            call()
+    ours.eval(), peer.eval()
+    rows["inference, seamless"] = timed(lambda: inference(lambda: ours.predict(picture)))
+    rows["inference, torchvision"] = timed(lambda: inference(lambda: peer([picture])))
+    for i, (name, (seconds, memory)) in enumerate(rows.items()):
+        count = batch if i < 2 else 1
+        print(f"{name:24s} {1e3 * seconds:9.1f} ms  {count / seconds:7.2f} images/s  {memory:6.1f} GiB")
+    parts = ledger(detections=100, extra=1)
+    total = sum(row[2] for row in parts.values())
+    print(f"time, ours / torchvision: training {rows['training, seamless'][0] / rows['training, torchvision'][0]:.2f}, inference "
+          f"{rows['inference, seamless'][0] / rows['inference, torchvision'][0]:.2f}; multiply-adds, with / without the semantic head: "
+          f"{total / (total - parts['semantic head'][2]):.2f}")
+
+
+SUBJECTS = {"pq": pq, "seamless": seamless}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
+    chosen = parser.parse_args().subjects or list(SUBJECTS)
+    if unknown := [name for name in chosen if name not in SUBJECTS]:
+        parser.error(f"no such subject: {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+    torch.set_num_threads(1)
+    for name in chosen:
+        print(f"--- {name}: {SUBJECTS[name].__doc__.splitlines()[0]}")
+        SUBJECTS[name]()
