@@ -683,3 +683,16 @@ def test_the_baseline_learns_from_n_pictures_and_ignores_void():
     class One(list):
         categories = CATEGORIES
     assert (ColourBaseline(One([void]), clusters=3).kinds == 2).all()
+
+
+def test_the_baseline_places_its_clusters_where_the_colours_are():
+    """Sixteen k-means centres lie nearer to the pixels of a scene than sixteen of its own pixels drawn at random."""
+    sample = StreetScenes(1, (64, 128))[0]
+
+    class One(list):
+        categories = data.STREET
+    pixels, g = sample.image.flatten(1).T, torch.Generator().manual_seed(1)
+    drawn = [pixels[torch.randperm(len(pixels), generator=g)[:16]] for _ in range(20)]
+    error = [float(torch.cdist(pixels, c).amin(1).square().mean())
+             for c in [ColourBaseline(One([sample]), clusters=16).centres, *drawn]]
+    assert error[0] < .8 * min(error[1:])

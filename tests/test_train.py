@@ -241,6 +241,34 @@ def test_a_method_with_stages_trains_one_after_the_other(tmp_path, monkeypatch):
     assert moved(half, end, "semantic_head") and not moved(half, end, "body")
 
 
+def test_compare_trains_every_method_and_writes_one_table_and_one_figure(tmp_path, capsys):
+    """torchvision's Mask R-CNN, the peer, keeps the same protocol as Seamless."""
+    call("--compare", *SMALL, "--steps", 2, "--eval-count", 1, "--out", tmp_path)
+    table = (tmp_path / "compare.txt").read_text()
+    assert table in capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
+    assert set(rows) == {"method", *train.METHODS} and all(len(r) == len(rows["method"]) for r in rows.values())
+    assert (tmp_path / "compare.png").stat().st_size > 0
+    for method in train.METHODS:
+        metrics = json.loads((tmp_path / method / "metrics.json").read_text())
+        assert float(rows[method][0]) == pytest.approx(metrics["PQ"], abs=0.051)
+
+
+def test_every_method_gives_zero_losses_with_gradients_on_pictures_without_things(tmp_path):
+    """So that DistributedDataParallel never waits for a gradient."""
+    categories = data.StreetScenes(1).categories
+    args = {**train.DEFAULTS, **train.RECIPES["street"], "width": 16, "body": "tiny", "frozen": 0, "rois": 16, "proposals": 20}
+    nothing = data.Sample(torch.rand(3, 64, 96), torch.zeros(64, 96, dtype=torch.long), torch.zeros(0).long(), torch.zeros(0).bool(), "")
+    for build in train.METHODS.values():
+        torch.manual_seed(0)
+        model = build(categories, args)
+        images, targets = train.collate([data.crop(nothing, 0, 0, (64, 96))] * 2)
+        losses = model.losses(images, targets)
+        sum(losses.values()).backward()
+        assert losses["semantic"] == 0 and all(torch.isfinite(v) for v in losses.values())
+        assert all(p.grad is not None for n, p in model.semantic_head.named_parameters())
+
+
 def test_real_data_sets_train_and_score_at_native_size(cityscapes, tmp_path):
     call("--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--short-side", 96, "--steps", 2, "--out", tmp_path / "run")
     png = Image.open(next((tmp_path / "run" / "predictions").glob("*.png")))
@@ -339,6 +367,6 @@ def test_a_finished_run_is_not_overwritten(capsys, trained):
     assert (trained / "last.pt").read_bytes() == before
 
 
-def test_a_batch_that_cannot_be_shared_and_a_gpu_that_is_not_there_are_named(capsys, monkeypatch, tmp_path):
+def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "cuda" in sentence(capsys, *SMALL, "--device", "cuda", "--out", tmp_path / "r")

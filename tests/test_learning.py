@@ -1,0 +1,41 @@
+"""What is learnt in a few minutes on two CPU cores, held against a bar.  Slow: pytest -m slow."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+from test_train import write_cityscapes
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def trained(tmp_path, *words):
+    """Metrics of a run of train.py with these words."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, words), "--out", str(tmp_path / "run")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr
+    return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_the_toy_street_is_learnt_in_minutes(tmp_path):
+    """`python train.py` as the README has it: 50 unseen scenes, PQ of at least 50, where colour alone stays below 25."""
+    m = trained(tmp_path)
+    assert m["images"] == 50 and m["PQ"] >= 50 and m["baseline"] < 25
+
+
+# The flags with which one small frame is learnt by heart: enlarged four times, whole, neither scaled nor mirrored.
+BY_HEART = ("--body small --weights none --width 64 --extra 2 --canonical 112 --anchor-scale 2 --ratios 0.2 0.5 1 2 5 --scale 1 1 --sampler full "
+            "--flip 0 --batch 1 --stuff-area 0 --rois 128 --proposals 200 --window 16 --lr 0.02 --drops 0.7 0.9").split()
+
+
+def test_one_frame_in_cityscapes_layout_is_learnt_by_heart(tmp_path):
+    """Reader, crop, heads, fusion and the way back to native size leave less than a tenth of the stride-4 ceiling unreached."""
+    official = {"road": 7, "sidewalk": 8, "building": 11, "vegetation": 21, "sky": 23, "person": 24, "car": 26, "truck": 27, "sign": 20}
+    write_cityscapes(tmp_path / "city", data.StreetScenes(1, size=(128, 256), seed=5), official)
+    m = trained(tmp_path, "--dataset", "cityscapes", "--root", tmp_path / "city", *BY_HEART, "--short-side", 512, "--steps", 400)
+    assert m["PQ"] >= 0.9 * m["ceiling"]
