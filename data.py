@@ -438,6 +438,11 @@ def _read(path, mode=None):
         raise DataError(f"{path} is no readable picture ({e}): copy it again from the data set's archive") from None
 
 
+def read_picture(path):
+    """Any picture file -> float32 [3, H, W] in 0..1, RGB; a DataError if it is none."""
+    return torch.from_numpy(_read(path, "RGB")).permute(2, 0, 1).float() / 255
+
+
 class _Folder:
     """A data set on disk: `.files` lists (name, picture, label or None), `.read(i)` returns a label's ids and rows."""
 
@@ -446,7 +451,7 @@ class _Folder:
 
     def __getitem__(self, i):
         name, picture, label = self.files[i]
-        image = torch.from_numpy(_read(picture, "RGB")).permute(2, 0, 1).float() / 255
+        image = read_picture(picture)
         segments, categories, crowd = self.labels(i)
         if segments.shape != image.shape[1:]:
             raise DataError(f"{label} has height and width {tuple(segments.shape)} but {picture} has "

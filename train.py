@@ -582,10 +582,7 @@ def predict(args, state, pictures, world, folder):
     out.mkdir(parents=True, exist_ok=True)
     annotations = []
     for path in map(Path, pictures):
-        try:
-            image = torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.RGB).float() / 255
-        except (RuntimeError, OSError) as e:
-            raise UserError(f"{path} cannot be read as a picture; give PNG or JPEG files") from e
+        image = data.read_picture(path)
         native = tuple(image.shape[1:])
         small = F.interpolate(image[None], size=input_size(native, args["short_side"]), mode="bilinear", antialias=True)[0]
         with world.autocast():
