@@ -748,9 +748,9 @@ def demo(full=False):
     for row, name in zip(right.subplots(2, 3), heads):
         s = held_out[0]
         corner = [m // 2 - inner // 2 for m in s.segments.shape]
-        row[0].imshow(data.crop(s, *corner, (inner, inner))[0].permute(1, 2, 0))
+        row[0].imshow(data.crop(s, *corner, (inner, inner))[0].permute(1, 2, 0).numpy())
         for cell, size in zip(row[1:], (sizes[0], sizes[-1])):
-            cell.imshow(palette[guesses[name, size]])
+            cell.imshow(palette[guesses[name, size]].numpy())
             cell.set_title(f"{name}, in {size[0]}x{size[1]}", fontsize=8)
         for cell in row:
             cell.axis("off")

@@ -169,6 +169,8 @@ def build_body(args):
                         "on a machine with a network and pass it with --weights FILE, or train from scratch with --weights none") from e
     except RuntimeError as e:
         raise UserError(f"{weights}: these are not the weights of {args['body']}: {str(e).splitlines()[0]}") from e
+    except ValueError as e:
+        raise UserError(str(e)) from e
 
 
 def build_seamless(categories, args):
@@ -193,10 +195,12 @@ class MaskRCNN(nn.Module):
         anchors = AnchorGenerator(tuple((args["anchor_scale"] * s,) for s in strides), (tuple(args["ratios"]),) * len(strides))
         pool = [torchvision.ops.MultiScaleRoIAlign(levels, size, 2, canonical_scale=args["canonical"]) for size in (7, 14)]
         d = torchvision.models.detection
+        classes = int(self.isthing.sum()) + 1                            # 0 is the background
         peer = Peer(self.body, None, rpn_anchor_generator=anchors, box_roi_pool=pool[0], mask_roi_pool=pool[1],
-                    box_head=d.faster_rcnn.TwoMLPHead(c * 49, 4 * c), box_predictor=d.faster_rcnn.FastRCNNPredictor(4 * c, int(self.isthing.sum()) + 1),
-                    mask_head=d.mask_rcnn.MaskRCNNHeads(c, (c,) * 4, 1), mask_predictor=d.mask_rcnn.MaskRCNNPredictor(c, c, int(self.isthing.sum()) + 1),
-                    rpn_post_nms_top_n_train=2 * args["proposals"], rpn_post_nms_top_n_test=args["proposals"], box_batch_size_per_image=args["rois"])
+                    box_head=d.faster_rcnn.TwoMLPHead(c * 49, 4 * c), box_predictor=d.faster_rcnn.FastRCNNPredictor(4 * c, classes),
+                    mask_head=d.mask_rcnn.MaskRCNNHeads(c, (c,) * 4, 1), mask_predictor=d.mask_rcnn.MaskRCNNPredictor(c, c, classes),
+                    rpn_post_nms_top_n_train=2 * args["proposals"], rpn_post_nms_top_n_test=args["proposals"],
+                    box_batch_size_per_image=args["rois"])
         self.rpn, self.roi_heads = peer.rpn, peer.roi_heads
         self.semantic_head = seamless.SemanticHead(c, len(categories), c // 2, args["window"])
         self.stuff_area = args["stuff_area"]
@@ -349,15 +353,16 @@ def stride4_ceiling(sample, size):
 @torch.no_grad()
 def evaluate(model, dataset, args, world, folder, references=False):
     """Every full image, resized to the training's scale, predicted at its native size -> metrics (the same on any number of
-    ranks).  Writes predictions in COCO panoptic format and a picture of a few.  `references` adds the stride-4 ceiling and
-    the colour baseline."""
+    ranks).  Writes predictions in COCO panoptic format and a picture of a few.  `references` adds the stride-4 ceiling (up to a
+    hundred pictures) and, on the toy street, the colour baseline."""
     model.eval()
     isthing = torch.tensor([k.isthing for k in dataset.categories])
-    scores = {"model": PanopticQuality(isthing), "mask": AveragePrecision(len(isthing)), "box": AveragePrecision(len(isthing), kind="box")}
+    scores = {"model": PanopticQuality(isthing), **{kind: AveragePrecision(len(isthing), kind=kind) for kind in ("mask", "box")}}
+    count = min(args["eval_count"] or len(dataset), len(dataset))
+    references = references and count <= 100           # the ceiling looks at every segment of a picture, which takes its time
     baseline = data.ColourBaseline(open_dataset(args, True)) if references and args["dataset"] == "street" else None
     if references:
         scores.update(ceiling=PanopticQuality(isthing), **({"baseline": PanopticQuality(isthing)} if baseline else {}))
-    count = min(args["eval_count"] or len(dataset), len(dataset))
     mine = range(world.rank, count, world.size)
     loader = DataLoader(torch.utils.data.Subset(dataset, mine), batch_size=None, num_workers=args["workers"], generator=torch.Generator())
     annotations, shown, seconds = [], [], 0.0
@@ -374,8 +379,9 @@ def evaluate(model, dataset, args, world, folder, references=False):
         seconds += time.time() - started
         truth = (sample.segments, sample.categories, sample.crowd)
         scores["model"].update(p.segments, p.categories, *truth)
-        for kind in ("mask", "box"):
-            scores[kind].update(p.instances[kind + ("s" if kind == "mask" else "es")], p.instances["scores"], p.instances["categories"], *truth, isthing=isthing)
+        for kind, key in (("mask", "masks"), ("box", "boxes")):
+            found = [p.instances[k] for k in (key, "scores", "categories")]
+            scores[kind].update(*found, *truth, isthing=isthing)
         if references:
             scores["ceiling"].update(stride4_ceiling(sample, image.shape[1:]), sample.categories, *truth)
         if baseline:
@@ -390,7 +396,8 @@ def evaluate(model, dataset, args, world, folder, references=False):
         dist.all_gather_object(parts, annotations)
         annotations = [a for part in parts for a in part]
     result = scores["model"].compute()
-    result |= {"AP_mask": scores["mask"].compute(), "AP_box": scores["box"].compute(), "images": count, "images_per_second": len(mine) * world.size / max(seconds, 1e-9)}
+    result |= {"AP_mask": scores["mask"].compute(), "AP_box": scores["box"].compute(), "images": count,
+               "images_per_second": len(mine) * world.size / max(seconds, 1e-9)}
     result |= {name: scores[name].compute()["PQ"] for name in ("ceiling", "baseline") if name in scores}
     if world.rank == 0:
         data.write_panoptic_json(folder / "predictions", annotations, dataset.categories, ids)
@@ -398,7 +405,8 @@ def evaluate(model, dataset, args, world, folder, references=False):
         (folder / "metrics.json").write_text(json.dumps(result, indent=1, default=float))
         print(scores["model"].table([k.name for k in dataset.categories]))
         a, b = result["AP_mask"], result["AP_box"]
-        print(f"mask AP {a['AP']:.1f} (AP50 {a['AP50']:.1f})   box AP {b['AP']:.1f}   on {count} images, {result['images_per_second']:.2f} a second")
+        print(f"mask AP {a['AP']:.1f} (AP50 {a['AP50']:.1f})   box AP {b['AP']:.1f}   "
+              f"on {count} images, {result['images_per_second']:.2f} a second")
         if "ceiling" in result:
             print(f"PQ {result['PQ']:.1f}   stride-4 ceiling {result['ceiling']:.1f}"
                   + (f"   colour baseline {result['baseline']:.1f}" if "baseline" in result else ""))
@@ -413,7 +421,7 @@ def draw_predictions(path, shown, categories):
     h, w = shown[0][0].image.shape[1:]
     fig, axes = plt.subplots(len(shown), 3, figsize=(15, 5 * len(shown) * h / w + 0.3), squeeze=False, layout="constrained")
     for row, (sample, p) in zip(axes, shown):
-        row[0].imshow(sample.image.permute(1, 2, 0).clamp(0, 1))
+        row[0].imshow(sample.image.permute(1, 2, 0).clamp(0, 1).numpy())
         data.draw(sample.image, sample.segments, sample.categories, categories, ax=row[1])
         data.draw(sample.image, p.segments, p.categories, categories, ax=row[2])
     for ax, title in zip(axes[0], ("image", "ground truth", "prediction")):
@@ -431,6 +439,7 @@ def parameter_groups(model, args):
     p = [p for p in model.parameters() if p.requires_grad]
     if not args["no_freeze"]:
         return [{"params": p}]
+    # Norms and biases are the one-dimensional parameters; the paper spares the norms, their biases' company is ours.
     return [{"params": [q for q in p if q.ndim > 1]}, {"params": [q for q in p if q.ndim <= 1], "weight_decay": 0.0}]
 
 
@@ -438,7 +447,9 @@ def stages_of(model, args):
     """A method's own stages, or the one stage that trains everything by SGD with Nesterov momentum."""
     if hasattr(model, "stages"):
         return model.stages()
-    return [("all", parameter_groups(model, args), lambda groups: torch.optim.SGD(groups, args["lr"], 0.9, weight_decay=args["decay"], nesterov=True), 1.0)]
+    def sgd(groups):
+        return torch.optim.SGD(groups, args["lr"], 0.9, weight_decay=args["decay"], nesterov=True)
+    return [("all", parameter_groups(model, args), sgd, 1.0)]
 
 
 def rate(step, steps, args):
@@ -471,8 +482,8 @@ def train(args, world, folder, state=None):
     torch.manual_seed(args["seed"] + 1000 * world.rank + 1)
     if state:
         torch.set_rng_state(state["rng"][world.rank] if world.rank < len(state["rng"]) else state["rng"][0])
-    world.say(f"{args['method']} on {args['dataset']}: {len(dataset)} training pictures, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-              f"{world.size} x {world.device.type}, {'bf16' if world.bf16 else 'float32'}, into {folder}")
+    weights = sum(p.numel() for p in model.parameters())
+    world.say(f"{args['method']} on {args['dataset']}: {len(dataset)} training pictures, {weights / 1e6:.2f}M parameters, {world.size} x {world.device.type}, {'bf16' if world.bf16 else 'float32'}, into {folder}")
     sampler = CropSampler(dataset, args["crop"], args["sampler"], args["short_side"], args["scale"], args["jitter"], args["flip"], args["seed"],
                           begin * args["batch"], world.rank, world.size)
     loader = iter(DataLoader(sampler, batch_size=None, num_workers=args["workers"], generator=torch.Generator(),
@@ -506,7 +517,8 @@ def train(args, world, folder, state=None):
             total = sum(losses.values())
             if not math.isfinite(total.item()):
                 worst = [k for k, v in losses.items() if not math.isfinite(v.item())]
-                raise UserError(f"step {step}: the loss is not finite ({', '.join(worst)}); {path} holds the last good state: resume it with a lower --lr or a lower --clip")
+                kept = f"{path} holds an earlier state: resume it" if path.exists() else "train again"
+                raise UserError(f"step {step}: the loss is not finite ({', '.join(worst)}); {kept} with a lower --lr or a lower --clip")
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(trainable, args["clip"])
@@ -519,9 +531,9 @@ def train(args, world, folder, state=None):
                 started = time.time()
                 if world.rank == 0:
                     log(done, means, optimiser.param_groups[0]["lr"], args["batch"] / each)
-                    left = each * (args["steps"] - done)
+                    minutes, rest = divmod(round(each * (args["steps"] - done)), 60)
                     print(f"step {done:6d}/{args['steps']}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-                          + f"  {args['batch'] / each:.1f} img/s  {world.memory():.1f} GiB  {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left", flush=True)
+                          + f"  {args['batch'] / each:.1f} img/s  {world.memory():.1f} GiB  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left", flush=True)
             stop = done == args["stop_at"] or done == args["steps"]
             if stop or done % (10 * args["interval"]) == 0:
                 save_state(path, model, optimiser, done, args, dataset.categories, world)
@@ -541,7 +553,8 @@ def save_state(path, model, optimiser, step, args, categories, world):
         dist.all_gather_object(rng, torch.get_rng_state())
     if world.rank == 0:
         save_checkpoint(path, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "rng": rng,
-                               "args": {k: v for k, v in args.items() if k != "stop_at"}, "categories": [[k.name, bool(k.isthing), list(k.colour)] for k in categories]})
+                               "args": {k: v for k, v in args.items() if k != "stop_at"},
+                               "categories": [[k.name, bool(k.isthing), list(k.colour)] for k in categories]})
 
 
 def open_log(path, begin):
@@ -576,6 +589,8 @@ def draw_curves(folder):
 
 def predict(args, state, pictures, world, folder):
     """Anybody's pictures: a coloured copy of each, and the segments in COCO panoptic format."""
+    if not pictures:
+        raise UserError("--predict needs pictures after the checkpoint: --predict RUN/last.pt picture.png ...")
     categories = [data.Category(*c) for c in state["categories"]]
     model = restore_model(state, args, categories, "").to(world.device).eval()
     out = folder / "predict"
@@ -609,7 +624,8 @@ def compare(args, world, folder):
         rows[method] = {**{k: result[k] for k in ("PQ", "PQ_th", "PQ_st", "SQ", "RQ", "PQ_dagger", "mIoU")}, "AP_mask": result["AP_mask"]["AP"],
                         "AP_box": result["AP_box"]["AP"], "minutes": (time.time() - begin) / 60}
     columns = list(next(iter(rows.values())))
-    lines = ["method      " + "".join(f"{c:>10}" for c in columns)] + [f"{m:12s}" + "".join(f"{v:10.1f}" for v in r.values()) for m, r in rows.items()]
+    lines = ["method      " + "".join(f"{c:>10}" for c in columns)]
+    lines += [f"{m:12s}" + "".join(f"{v:10.1f}" for v in r.values()) for m, r in rows.items()]
     world.say("\n".join(lines))
     if world.rank == 0:
         (folder / "compare.txt").write_text("\n".join(lines) + "\n")
@@ -639,19 +655,19 @@ def parse(argv):
     model.add_argument("--body", help="tiny, small, resnet18, resnet34, resnet50, resnet101")
     model.add_argument("--weights", help="imagenet, none, or the file of a torchvision ResNet's weights")
     model.add_argument("--no-freeze", action="store_true", help="the paper's variant: nothing frozen, no weight decay on norms")
-    for name, what_for in (("width", "channels of the pyramid; the heads follow"), ("extra", "levels beyond stride 32"), ("frozen", "stages that do not learn"),
-                           ("canonical", "size in pixels of an object on the third level"), ("rois", "proposals a picture to learn from"),
-                           ("proposals", "proposals a picture at test time"), ("window", "of MiniDL's pooling"),
-                           ("stuff-area", "smallest stuff, in pixels of a 1024x2048 picture")):
-        model.add_argument(f"--{name}", type=int, help=what_for)
-    model.add_argument("--anchor-scale", type=float, help="side of an anchor in strides"), model.add_argument("--ratios", type=float, nargs="+")
+    def numbers(group, kind, **flags):
+        for name, what_for in flags.items():
+            group.add_argument("--" + name.replace("_", "-"), type=kind, help=what_for)
+    numbers(model, int, width="channels of the pyramid; the heads follow", extra="levels beyond stride 32", frozen="stages that do not learn",
+            canonical="size in pixels of an object on the third level", rois="proposals a picture to learn from",
+            proposals="proposals a picture at test time", window="of MiniDL's pooling", stuff_area="smallest stuff, in pixels of a 1024x2048 picture")
+    numbers(model, float, anchor_scale="side of an anchor in strides")
+    model.add_argument("--ratios", type=float, nargs="+", help="height over width of the anchors")
     run.add_argument("--sampler", choices=SAMPLERS), run.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
-    for name, what_for in (("short-side", "shorter side of a picture in pixels, 0: as it is"), ("batch", "crops a step, over all processes"), ("steps", "length"),
-                           ("warmup", "steps"), ("interval", "steps between log lines"), ("stop-at", "stop there; the schedule stays"), ("seed", ""),
-                           ("scenes", "toy pictures to train on"), ("eval-count", "pictures to evaluate on, 0: all"), ("workers", "loading processes"), ("threads", "of the CPU, 0: all")):
-        run.add_argument(f"--{name}", type=int, help=what_for)
-    for name, what_for in (("lr", "learning rate"), ("clip", "norm of the gradients"), ("decay", "weight decay"), ("jitter", "of colours, 0..1"), ("flip", "share of mirrored pictures")):
-        run.add_argument(f"--{name}", type=float, help=what_for)
+    numbers(run, int, short_side="shorter side of a picture in pixels, 0: as it is", batch="crops a step, over all processes", steps="length",
+            warmup="steps", interval="steps between log lines", stop_at="stop there; the schedule stays", seed="of weights and crops",
+            scenes="toy pictures to train on", eval_count="pictures to evaluate on, 0: all", workers="loading processes", threads="of the CPU, 0: all")
+    numbers(run, float, lr="learning rate", clip="norm of the gradients", decay="weight decay", jitter="of colours, 0..1", flip="share of mirrored pictures")
     run.add_argument("--scale", type=float, nargs=2, metavar=("LO", "HI"), help="random scale of a training picture")
     run.add_argument("--drops", type=float, nargs="*", help="shares of the run after which the rate falls to a tenth")
     run.add_argument("--precision", choices=["auto", "bf16", "float32"]), run.add_argument("--device", choices=["auto", "cpu", "cuda"])

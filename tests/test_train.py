@@ -318,7 +318,7 @@ def test_a_label_of_another_size_is_named(capsys, cityscapes, tmp_path):
     for f in (cityscapes / "gtFine" / "train").rglob("*.png"):
         Image.fromarray(np.zeros((10, 10), np.uint16)).save(f)
     said = sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--out", tmp_path / "r")
-    assert "instanceIds.png" in said and "10 x 10" in said
+    assert "instanceIds.png" in said and "(10, 10)" in said
 
 
 def test_an_unknown_id_is_named(capsys, cityscapes, tmp_path):
@@ -350,6 +350,15 @@ def test_a_checkpoint_of_other_categories_is_refused(capsys, trained, cityscapes
 def test_a_picture_that_is_no_picture_is_named(capsys, trained, tmp_path):
     (tmp_path / "text.png").write_text("hello")
     assert "text.png" in sentence(capsys, "--predict", trained / "last.pt", tmp_path / "text.png", "--out", tmp_path)
+
+
+def test_an_unknown_body_and_a_thin_body_with_imagenet_weights_are_named(capsys, tmp_path):
+    assert "resnet50" in sentence(capsys, *SMALL, "--body", "vgg", "--out", tmp_path / "r")
+    assert "no ImageNet weights" in sentence(capsys, *SMALL, "--weights", "imagenet", "--out", tmp_path / "s")
+
+
+def test_predict_without_pictures_says_so(capsys, trained):
+    assert "picture.png" in sentence(capsys, "--predict", trained / "last.pt")
 
 
 def test_weights_that_cannot_be_had_are_named(capsys, tmp_path, cityscapes, monkeypatch):
