@@ -37,6 +37,7 @@ class DataError(ValueError):
 
 @dataclass
 class Category:
+    """One of a data set's categories; its number is its place in `.categories`."""
     name: str
     isthing: bool
     colour: tuple  # RGB, 0..255
@@ -44,6 +45,7 @@ class Category:
 
 @dataclass
 class Sample:
+    """One whole picture and its label."""
     image: torch.Tensor       # float32 [3, H, W], 0..1
     segments: torch.Tensor    # int64 [H, W], 0 void, k > 0 segment k
     categories: torch.Tensor  # int64 [N], of segment k at k - 1
@@ -53,6 +55,7 @@ class Sample:
 
 @dataclass
 class Target:
+    """What a model may learn from one crop."""
     segments: torch.Tensor    # int64 [h, w] of a crop
     categories: torch.Tensor  # int64 [N]
     crowd: torch.Tensor       # bool [N]

@@ -453,7 +453,7 @@ if __name__ == "__main__":
 # 1. Let segments match at IoU >= 0.5. Draw two predictions that both match one ground truth segment. Which sentence of
 #    the docstring breaks, and what does test_an_iou_of_exactly_one_half_is_no_match say?
 # 2. Make PQ† pay for what it overlooks: let each stuff segment without a partner, on either side, add 1/2 to |M_c|.
-#    That is PQ_c with the threshold 0. The loop oracle objects, and so do the tests that say a hallucinated and a missed
-#    stuff class are free: what do they say now, and which of the two measures would you rather report?
+#    That is PQ_c with the threshold 0. The loop oracle objects, and the tests that call a hallucinated or missed stuff
+#    class free. Which of the two measures would you rather report?
 # 3. In the demo give the two large cars the widths 60 and 40. PQ_th and Acc_th recover, for the one prediction now
 #    matches the wider car. Does confusion_ratio still see it, and up to which T?

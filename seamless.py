@@ -366,7 +366,8 @@ class RegionSegmentationHead(nn.Module):
             mine = torch.where(level == k)[0]
             # float32: bf16 has 8 bits, too few for coordinates.  aligned=True: pixel centres at +.5, the convention of boxes.
             # Choice: one sample a cell, where Mask R-CNN takes four and notes that their number matters little.  On its level an
-            # object spans 14 to 28 features, one or two a cell; on a CPU this is the costliest part of a training step.
+            # object spans 14 to 28 features, one or two a cell (more for giants on the last level); on a CPU this pooling is the
+            # costliest part of a training step.
             pooled[mine] = roi_align(features[stride].float(), rois[mine], 14, 1 / stride, sampling_ratio=1, aligned=True)
         return pooled
 

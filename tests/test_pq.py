@@ -711,7 +711,7 @@ def test_an_empty_mask_is_a_false_positive_and_empty_ground_truth_does_not_exist
 
 
 def test_a_detection_inside_a_crowd_is_ignored_however_small():
-    """For a crowd it is the share of the detection that counts: a quarter of a pixel wide and high, all of it inside."""
+    """For a crowd it is the share of the detection that counts: a quarter of a pixel wide and high, all inside."""
     gt = torch.tensor([[1] * 10, [2] * 10])
     pred = [[3.0, 1.5, 3.25, 1.75], [0, 0, 10, 1]]
     result = average_precision([(pred, [0.9, 0.8], [0, 0])], [(gt, [0, 0], [False, True])], 1, kind="box")
