@@ -161,7 +161,7 @@ def collate(crops):
 def build_body(args):
     """The one backbone and pyramid that every method stands on."""
     weights = args["weights"]
-    state = {"none": None, "imagenet": "DEFAULT"}[weights] if weights in ("none", "imagenet") else load_file(weights)
+    state = {"none": None, "imagenet": "IMAGENET1K_V1"}[weights] if weights in ("none", "imagenet") else load_file(weights)
     try:
         return seamless.resnet_fpn(args["body"], args["width"], args["extra"], state, args["frozen"], args["frozen"] > 0)
     except OSError as e:
