@@ -144,7 +144,8 @@ class Body(nn.Module):
 def resnet_fpn(name="resnet50", width=256, extra=0, weights=None, frozen=0, frozen_norm=False):
     """Section 3.1's body.  `name`: resnet18/34/50/101 of torchvision, or tiny/small (thin, for CPUs).  `weights`: None, a
     torchvision weights entry such as "IMAGENET1K_V1" (what the paper started from), or a state dict of that ResNet.
-    The paper: resnet50, width 256, extra 0 to 2 by data set, ImageNet, frozen=2 (stem and conv2) and frozen norms; its
+    The paper: resnet50, width 256, extra 0 to 2 by data set, ImageNet, frozen.  Choice: the text does not say what was frozen;
+    frozen=2 (stem and conv2) and the ResNet's norms, as its authors' published settings have it.  Its
     variant "no freeze, decay BN" is frozen=0, frozen_norm=False and no weight decay on norms (an optimiser's business)."""
     thin = {"tiny": (32, (1, 1, 1, 1)), "small": (32, (2, 2, 2, 2))}
     if name in thin:
