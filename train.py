@@ -490,6 +490,7 @@ def train(args, world, folder, state=None):
                              prefetch_factor=2 * args["batch"] if args["workers"] else None))
     if args["batch"] % world.size:
         raise UserError(f"--batch {args['batch']} cannot be shared among {world.size} processes; take a multiple of {world.size}")
+    folder.mkdir(parents=True, exist_ok=True)            # not sooner: what cannot start leaves no folder behind
     log = open_log(folder / "log.csv", begin) if world.rank == 0 else None
     edge = 0
     for name, groups, make_optimiser, share in stages_of(model, args):
@@ -700,8 +701,6 @@ def run(explicit):
         folder = Path(jobs.get("resume") or jobs.get("out") or world.agree(free_folder(args, "compare" if "compare" in jobs else args["method"])))
         if "resume" not in jobs and (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with it by --resume {folder}, or give another --out")
-        for f in [folder / m for m in METHODS] if "compare" in jobs else [folder]:
-            f.mkdir(parents=True, exist_ok=True)
         return compare(args, world, folder) if "compare" in jobs else train(args, world, folder, state)
     finally:
         if dist.is_initialized():

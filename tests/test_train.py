@@ -295,9 +295,11 @@ def test_the_stride_4_ceiling_of_a_half_plane_aligned_with_the_cells_is_perfect_
 
 # --- Wrong input: one sentence, exit code 2 -------------------------------------------------------------------------------
 
-def test_a_missing_root_is_named(capsys, tmp_path):
+def test_a_missing_root_is_named_and_no_folder_left_behind(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "--root" in sentence(capsys, "--dataset", "cityscapes")
     assert str(tmp_path / "nowhere") in sentence(capsys, "--dataset", "cityscapes", "--root", tmp_path / "nowhere", "--weights", "none")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_without_labels_are_named(capsys, cityscapes, tmp_path):
