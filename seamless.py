@@ -309,7 +309,7 @@ class RegionProposalHead(nn.Module):
         best of an object); negatives have IoU < .3.  Anchors mostly over void or crowd are neither.
 
         Choice: the box loss is a mean over the positives; Mask R-CNN divides by all 256, which lets pictures with few objects
-        teach their boxes ten times slower than their scores.  Long schedules forgive that, short ones do not."""
+        teach their boxes about ten times slower than their scores.  Long schedules forgive that, short ones do not."""
         objectness, regression, positives = [], [], 0
         for s, d, t in zip(scores, deltas, targets):
             _, gt, truncated, _ = thing_truth(t, isthing)
@@ -558,6 +558,17 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
     return segments, torch.cat([categories[accepted], stuff]), torch.cat([scores[accepted], scores.new_ones(len(stuff))])
 
 
+def assemble(found, logits, own, size, isthing, score_threshold=0.5, stuff_area=4096):
+    """The outputs of both branches on an image of size `own` -> Prediction at `size`: `found` as from `Seamless.detect`, semantic
+    logits [1, C, h, w].  `stuff_area` counts pixels at 1024x2048 and is scaled with the area of the picture."""
+    semantic = resize_logits(logits.float(), size)[0].argmax(0)
+    boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
+    masks = paste_masks(found["masks"], boxes, size)
+    area = stuff_area * size[0] * size[1] / (1024 * 2048)
+    fused = fuse(masks, found["scores"], found["categories"], semantic, isthing, score_threshold, stuff_area=area)
+    return Prediction(*fused, {**found, "boxes": boxes, "masks": masks})
+
+
 # --- The whole ------------------------------------------------------------------------------------------------------------
 
 class Seamless(nn.Module):
@@ -607,14 +618,8 @@ class Seamless(nn.Module):
         """image [3, H, W] -> Prediction at `size` (height, width), the image's own if None: masks and logits are interpolated
         straight to it, which keeps more detail than a resized label map."""
         features, own = self.body(image[None]), image.shape[-2:]
-        size = tuple(size or own)
         found = self.detect(features, own)[0]
-        semantic = resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
-        boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
-        masks = paste_masks(found["masks"], boxes, size)
-        area = self.stuff_area * size[0] * size[1] / (1024 * 2048)
-        fused = fuse(masks, found["scores"], found["categories"], semantic, self.isthing, self.score_threshold, stuff_area=area)
-        return Prediction(*fused, {**found, "boxes": boxes, "masks": masks})
+        return assemble(found, self.semantic_head(features), own, size or own, self.isthing, self.score_threshold, self.stuff_area)
 
 
 # --- 5.4 Computational aspects: the ledger --------------------------------------------------------------------------------
@@ -669,8 +674,7 @@ def print_ledger():
   two networks                       78.06 M | {(one[1] + twice[1]) / 1e6:.2f} M    0.864 T | {(one[2] + twice[2]) / 1e12:.3f} T
 
 What remains.  The paper's 78.06 - 51.43 = 26.63 M are a second ResNet and pyramid; ours have {twice[1] / 1e6:.2f} M trainable.  So the 3.4 M
-that we lack are in the heads, whose layers the text leaves open at one place only: how 14x14 features enter the first fully
-connected layer.  The paper's own figures do not all agree: 78.06 / 51.43 is the 51.8% more that it states, but 0.864 / 0.514 is
+that we lack are in the heads, where the text leaves most open how 14x14 features enter the first fully connected layer.  The paper's own figures do not all agree: 78.06 / 51.43 is the 51.8% more that it states, but 0.864 / 0.514 is
 68% more operations, not 50.4%, and 0.864 - 0.514 = 0.350 T is more than its body costs by any count here ({twice[2] / 1e12:.3f} T).
 """)
 
@@ -684,7 +688,7 @@ def demo(full=False):
 
     What it shows.  Beyond the reach of its window MiniDL's labels hardly change any more as the picture grows; those of the
     global pooling change two to three times as often.  What it does not show: on this small street the mIoU of both falls
-    alike, for crops of 128 pixels have taught all layers to expect the border close by."""
+    alike; a likely reason, not tested here, is that crops of 128 pixels teach all layers to expect the border close by."""
     print_ledger()
     import matplotlib
     matplotlib.use("Agg")

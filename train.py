@@ -228,15 +228,10 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def predict(self, image, size=None):
         features, own = self.body(image[None]), image.shape[-2:]
-        size = tuple(size or own)
         found = self.instances(image[None], features)[0][0]
-        boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
-        categories = torch.where(self.isthing)[0][found["labels"] - 1]
-        masks = seamless.paste_masks(torch.logit(found["masks"][:, 0], 1e-6), boxes, size)
-        semantic = seamless.resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
-        area = self.stuff_area * size[0] * size[1] / (1024 * 2048)
-        fused = seamless.fuse(masks, found["scores"], categories, semantic, self.isthing, stuff_area=area)
-        return seamless.Prediction(*fused, {"boxes": boxes, "masks": masks, "scores": found["scores"], "categories": categories})
+        found["categories"] = torch.where(self.isthing)[0][found.pop("labels") - 1]
+        found["masks"] = torch.logit(found["masks"][:, 0], 1e-6)         # torchvision gives probabilities
+        return seamless.assemble(found, self.semantic_head(features), own, size or own, self.isthing, stuff_area=self.stuff_area)
 
 
 METHODS = {"seamless": build_seamless, "maskrcnn": MaskRCNN}      # (categories, args) -> a module that keeps the protocol above
@@ -261,7 +256,7 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
-        # bf16 is three times as fast where the processor multiplies it in hardware, and slower where it does not.
+        # bf16 is two to three times as fast where the processor multiplies it in hardware, and slower where it does not.
         fast = cuda or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported())
         # A level of one pixel is left to float32 on a CPU: oneDNN returns garbage as the bf16 gradient of a strided convolution there.
         tiny = not cuda and max(args["crop"]) <= 32 << args["extra"]
@@ -481,9 +476,13 @@ def train(args, world, folder, state=None):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(args["seed"] + 1000 * world.rank + 1)
     if state:
-        torch.set_rng_state(state["rng"][world.rank] if world.rank < len(state["rng"]) else state["rng"][0])
+        random = state["rng"][world.rank if world.rank < len(state["rng"]) else 0]
+        torch.set_rng_state(random["cpu"])
+        if world.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
     weights = sum(p.numel() for p in model.parameters())
-    world.say(f"{args['method']} on {args['dataset']}: {len(dataset)} training pictures, {weights / 1e6:.2f}M parameters, {world.size} x {world.device.type}, {'bf16' if world.bf16 else 'float32'}, into {folder}")
+    world.say(f"{args['method']} on {args['dataset']}: {len(dataset)} training pictures, {weights / 1e6:.2f}M parameters, "
+              f"{world.size} x {world.device.type}, {'bf16' if world.bf16 else 'float32'}, into {folder}")
     sampler = CropSampler(dataset, args["crop"], args["sampler"], args["short_side"], args["scale"], args["jitter"], args["flip"], args["seed"],
                           begin * args["batch"], world.rank, world.size)
     loader = iter(DataLoader(sampler, batch_size=None, num_workers=args["workers"], generator=torch.Generator(),
@@ -492,9 +491,10 @@ def train(args, world, folder, state=None):
         raise UserError(f"--batch {args['batch']} cannot be shared among {world.size} processes; take a multiple of {world.size}")
     folder.mkdir(parents=True, exist_ok=True)            # not sooner: what cannot start leaves no folder behind
     log = open_log(folder / "log.csv", begin) if world.rank == 0 else None
-    edge = 0
+    edge, spent = 0, 0.0
     for name, groups, make_optimiser, share in stages_of(model, args):
-        first, edge = edge, min(args["steps"], edge + round(share * args["steps"]))
+        spent += share                              # rounded as a sum, so that the last stage ends with the run
+        first, edge = edge, round(spent * args["steps"])
         if begin >= edge and edge < args["steps"]:
             continue
         chosen = {id(p) for g in groups for p in (g["params"] if isinstance(g, dict) else [g])}
@@ -548,10 +548,12 @@ def train(args, world, folder, state=None):
 
 def save_state(path, model, optimiser, step, args, categories, world):
     """Rank 0 writes; every rank contributes the state of its random numbers."""
-    rng = [torch.get_rng_state()]
+    mine = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state()
+    rng = [mine] * world.size
     if world.size > 1:
-        rng = [None] * world.size
-        dist.all_gather_object(rng, torch.get_rng_state())
+        dist.all_gather_object(rng, mine)
     if world.rank == 0:
         save_checkpoint(path, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "rng": rng,
                                "args": {k: v for k, v in args.items() if k != "stop_at"},
@@ -699,7 +701,7 @@ def run(explicit):
             model = restore_model(state, args, dataset.categories, source).to(world.device, memory_format=torch.channels_last)
             return evaluate(model, dataset, args, world, Path(jobs.get("out") or Path(source).parent / "eval"), references=True)
         folder = Path(jobs.get("resume") or jobs.get("out") or world.agree(free_folder(args, "compare" if "compare" in jobs else args["method"])))
-        if "resume" not in jobs and (folder / "last.pt").exists():
+        if "resume" not in jobs and any((folder / part / "last.pt").exists() for part in (".", *METHODS)):
             raise UserError(f"{folder} holds a run already; go on with it by --resume {folder}, or give another --out")
         return compare(args, world, folder) if "compare" in jobs else train(args, world, folder, state)
     finally:

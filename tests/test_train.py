@@ -252,6 +252,7 @@ def test_compare_trains_every_method_and_writes_one_table_and_one_figure(tmp_pat
     for method in train.METHODS:
         metrics = json.loads((tmp_path / method / "metrics.json").read_text())
         assert float(rows[method][0]) == pytest.approx(metrics["PQ"], abs=0.051)
+    assert "--out" in sentence(capsys, "--compare", *SMALL, "--steps", 2, "--eval-count", 1, "--out", tmp_path)   # and is not trained over
 
 
 def test_every_method_gives_zero_losses_with_gradients_on_pictures_without_things(tmp_path):
@@ -267,6 +268,22 @@ def test_every_method_gives_zero_losses_with_gradients_on_pictures_without_thing
         sum(losses.values()).backward()
         assert losses["semantic"] == 0 and all(torch.isfinite(v) for v in losses.values())
         assert all(p.grad is not None for n, p in model.semantic_head.named_parameters())
+
+
+def test_stages_whose_shares_do_not_round_still_fill_the_run(tmp_path, monkeypatch):
+    """Three stages of 1.4, 1.4 and 1.2 steps make 4 steps, and the last one is saved."""
+    class Staged(seamless.Seamless):
+        def stages(self):
+            def sgd(parameters):
+                return torch.optim.SGD(parameters, 0.01)
+            parts = (self.body, self.region_head, self.semantic_head)
+            return [(str(i), list(part.parameters()), sgd, share) for i, (part, share) in enumerate(zip(parts, (0.35, 0.35, 0.3)))]
+    def build(categories, args):
+        return Staged([k.isthing for k in categories], train.build_body(args), canonical=56, anchor_scale=4, hidden=16, box_channels=16,
+                      mask_channels=16, semantic_channels=8, window=8, samples=(16, 16), after=(20, 20))
+    monkeypatch.setitem(train.METHODS, "seamless", build)
+    call(*SMALL, "--steps", 4, "--eval-count", 1, "--out", tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 4
 
 
 def test_real_data_sets_train_and_score_at_native_size(cityscapes, tmp_path):
