@@ -19,6 +19,7 @@ A method is an nn.Module with two methods and, if it trains in stages, a third:
 """
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -34,9 +35,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+import cabb_loss
 import data
+import isus
 import seamless
 from pq import AveragePrecision, PanopticQuality
 
@@ -50,16 +53,17 @@ class UserError(Exception):
 
 # --- Recipes: what a data set asks for.  Every entry is a flag of the command line, which wins. ---------------------------
 # Seamless 2019, section 5: SGD, 48k steps of 8 whole images, rate 1e-2 divided by 10 after 36k and 44k, warm-up from a third
-# in 200 steps, shortest side 1024 t with t in [0.5, 2].  `--sampler full --batch 8` is that recipe to the letter; the default
-# sees as many pixels a step (16 crops of 512x1024) in less memory.  Its variant "no freeze, decay BN" is `--no-freeze`.
+# in 200 steps, shortest side 1024 t with t in [0.5, 2].  `--sampler full --box-loss standard --batch 8` is that recipe to the
+# letter.  The default trains as the 2021 paper does, on crops by ISUS with CABB, and sees as many pixels a step (16 crops of
+# 512x1024) in less memory; that paper's own schedule is not in the text at hand.  `--no-freeze` is the 2019 "no freeze, decay BN".
 PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=224, anchor_scale=8, ratios=[0.5, 1, 2], rois=512,
-             proposals=1000, window=64, stuff_area=4096, sampler="uniform", crop=[512, 1024], batch=16, short_side=1024,
-             scale=[0.5, 2.0], jitter=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
+             proposals=1000, window=64, stuff_area=4096, sampler="isus", crop=[512, 1024], batch=16, short_side=1024,
+             scale=[0.5, 2.0], scale_things=[0.5, 2.0], jitter=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
              frozen=2, no_freeze=False, interval=50, eval_count=0)
 RECIPES = {
     # Toy pictures have 256x512 pixels, objects a quarter of the size, and section 5.3's anchors: many ratios, twice the stride.
     "street": {**PAPER, **dict(body="small", weights="none", width=64, extra=2, canonical=56, anchor_scale=2, ratios=[0.2, 0.5, 1, 2, 5],
-                               rois=64, proposals=100, window=16, crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], jitter=0.1,
+                               rois=64, proposals=100, window=16, crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], scale_things=[0.7, 1.5], jitter=0.1,
                                lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], interval=50, eval_count=50, scenes=800)},
     "cityscapes": PAPER,
     "idd": PAPER,
@@ -100,51 +104,44 @@ class Remembered:
     def __len__(self):
         return len(self.dataset)
 
+    def keep(self, i, s):
+        self.kept[i] = (s.image * 255).round().to(torch.uint8), s.segments.to(torch.uint8), s.categories, s.crowd, s.name
+
+    def fill(self, processes):
+        """Draw everything now, with helpers, so that the processes that load crops later share it."""
+        for i, s in enumerate(DataLoader(self.dataset, batch_size=None, num_workers=processes, generator=torch.Generator()) if not self.kept else ()):
+            self.keep(i, s)
+
+    def labels(self, i):
+        return self[i].segments, *self.kept[i][2:4]
+
     def __getitem__(self, i):
         if i not in self.kept:
-            s = self.dataset[i]
-            self.kept[i] = (s.image * 255).round().to(torch.uint8), s.segments.to(torch.uint8), s
-            s.image = s.segments = None
-        image, segments, s = self.kept[i]
-        return data.Sample(image.float() / 255, segments.long(), s.categories, s.crowd, s.name)
+            self.keep(i, self.dataset[i])
+        image, segments, categories, crowd, name = self.kept[i]
+        return data.Sample(image.float() / 255, segments.long(), categories, crowd, name)
 
 
 # --- From pictures to batches ---------------------------------------------------------------------------------------------
 
-class CropSampler(IterableDataset):
-    """An endless supply of training crops: (image [3, h, w], target).
-
-    mode "uniform": a random picture, its shorter side scaled to s0 t with t uniform in `scale` (section 5), mirrored with
-    probability `flip`, and a window of `crop_size` at a random place.  "full": the same without the window.  Crop k depends on (seed, k)
-    alone: ranks and workers share out the k among themselves, and a resumed run starts at `start` as if it had not stopped."""
-
-    def __init__(self, dataset, crop_size, mode="uniform", s0=0, scale=(1, 1), jitter=0.0, flip=0.5, seed=0, start=0, rank=0, world=1):
-        self.dataset, self.crop_size, self.mode, self.s0, self.scale = dataset, tuple(crop_size), mode, s0, scale
-        self.jitter, self.flip, self.seed, self.start, self.rank, self.world = jitter, flip, seed, start, rank, world
-
-    def crop(self, k):
-        """Crop number k."""
-        g = torch.Generator().manual_seed((self.seed << 32) + k)
-        def uniform(low, high):
-            return low + (high - low) * torch.rand((), generator=g).item()
-        i = int(torch.randint(len(self.dataset), (), generator=g))
-        sample, t = self.dataset[i], uniform(*self.scale)
-        size = input_size(sample.image.shape[1:], self.s0)
-        sample = data.resize(sample, tuple(max(1, round(n * t)) for n in size))
-        if uniform(0, 1) < self.flip:
-            sample = data.flip(sample)
-        window = self.crop_size if self.mode == "uniform" else tuple(sample.image.shape[1:])
-        top, left = (int(uniform(0, max(n - w, 0) + 1 - 1e-9)) for n, w in zip(sample.image.shape[1:], window))
-        image, target = data.crop(sample, top, left, window, image_id=i, scale=t)
-        return (data.colour_jitter(image, g, self.jitter) if self.jitter else image), target
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        k = self.start + self.rank + self.world * offset
-        while True:                                   # the loader takes one item of each worker in turn: the order is that of k
-            yield self.crop(k)
-            k += self.world * step
+def build_sampler(dataset, args, world, folder, start):
+    """The supply of crops, from crop number `start` on, for the network's own levels.  Labels on disk are read once: their index is
+    kept beside the runs."""
+    index, cache, share = None, None, (0, 1, 0)
+    if isinstance(dataset, Remembered):
+        dataset.fill(os.cpu_count() if args["workers"] else 0)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        cache = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
+        share = world.rank, world.size, args["workers"]
+    colour = functools.partial(data.colour_jitter, strength=args["jitter"]) if args["jitter"] else None
+    try:
+        if args["sampler"] in ("isus", "cus"):
+            index = isus.build_index(dataset, cache, *share)
+        return isus.CropSampler(dataset, args["crop"], args["sampler"], args["short_side"], args["scale_things"], args["scale"], args["seed"],
+                                start, world.rank, world.size, canonical=args["canonical"], flip=args["flip"], augment=colour, index=index)
+    except ValueError as e:
+        raise e if isinstance(e, data.DataError) else UserError(f"--sampler {args['sampler']}: {e}") from e
 
 
 def collate(crops):
@@ -235,8 +232,8 @@ class MaskRCNN(nn.Module):
 
 
 METHODS = {"seamless": build_seamless, "maskrcnn": MaskRCNN}      # (categories, args) -> a module that keeps the protocol above
-BOX_LOSSES = {"standard": seamless.box_loss}                      # (deltas, gt, anchors, beta, crop_size, truncated) -> [N]
-SAMPLERS = ["uniform", "full"]
+BOX_LOSSES = {"cabb": cabb_loss.cabb_loss, "standard": cabb_loss.box_loss}   # (deltas, gt, anchors, beta, crop_size, truncated) -> [N]
+SAMPLERS = isus.MODES                                                         # which crops to train on
 
 
 # --- Where it runs --------------------------------------------------------------------------------------------------------
@@ -483,12 +480,11 @@ def train(args, world, folder, state=None):
     weights = sum(p.numel() for p in model.parameters())
     world.say(f"{args['method']} on {args['dataset']}: {len(dataset)} training pictures, {weights / 1e6:.2f}M parameters, "
               f"{world.size} x {world.device.type}, {'bf16' if world.bf16 else 'float32'}, into {folder}")
-    sampler = CropSampler(dataset, args["crop"], args["sampler"], args["short_side"], args["scale"], args["jitter"], args["flip"], args["seed"],
-                          begin * args["batch"], world.rank, world.size)
-    loader = iter(DataLoader(sampler, batch_size=None, num_workers=args["workers"], generator=torch.Generator(),
-                             prefetch_factor=2 * args["batch"] if args["workers"] else None))
     if args["batch"] % world.size:
         raise UserError(f"--batch {args['batch']} cannot be shared among {world.size} processes; take a multiple of {world.size}")
+    sampler = build_sampler(dataset, args, world, folder, begin * args["batch"])
+    loader = iter(DataLoader(sampler, batch_size=None, num_workers=args["workers"], generator=torch.Generator(),
+                             prefetch_factor=2 * args["batch"] if args["workers"] else None))
     folder.mkdir(parents=True, exist_ok=True)            # not sooner: what cannot start leaves no folder behind
     log = open_log(folder / "log.csv", begin) if world.rank == 0 else None
     edge, spent = 0, 0.0
@@ -672,13 +668,20 @@ def parse(argv):
             scenes="toy pictures to train on", eval_count="pictures to evaluate on, 0: all", workers="loading processes", threads="of the CPU, 0: all")
     numbers(run, float, lr="learning rate", clip="norm of the gradients", decay="weight decay", jitter="of colours, 0..1", flip="share of mirrored pictures")
     run.add_argument("--scale", type=float, nargs=2, metavar=("LO", "HI"), help="random scale of a training picture")
+    run.add_argument("--scale-things", type=float, nargs=2, metavar=("LO", "HI"), help="limits of the scale that ISUS gives an instance")
     run.add_argument("--drops", type=float, nargs="*", help="shares of the run after which the rate falls to a tenth")
     run.add_argument("--precision", choices=["auto", "bf16", "float32"]), run.add_argument("--device", choices=["auto", "cpu", "cuda"])
     return vars(p.parse_args(argv))
 
 
-DEFAULTS = dict(dataset="street", method="seamless", box_loss="standard", seed=0, workers=1, threads=0, stop_at=0, precision="auto", device="auto",
+DEFAULTS = dict(dataset="street", method="seamless", box_loss="cabb", seed=0, workers=1, threads=0, stop_at=0, precision="auto", device="auto",
                 root=None, train_split=None, val_split=None)
+
+
+def settings(explicit):
+    """All arguments of a new run: defaults, the data set's recipe over them, what was given over both."""
+    args = {**DEFAULTS, **RECIPES[explicit.get("dataset", "street")], **explicit}
+    return {**args, "frozen": 0} if args["no_freeze"] or args["weights"] == "none" else args
 
 
 def run(explicit):
@@ -689,9 +692,7 @@ def run(explicit):
         state, args = load_checkpoint(source, explicit)
         args = {**args, "stop_at": explicit.get("stop_at", 0)}
     else:
-        state, args = None, {**DEFAULTS, **RECIPES[explicit.get("dataset", "street")], **explicit}
-        if args["no_freeze"] or args["weights"] == "none":
-            args["frozen"] = 0
+        state, args = None, settings(explicit)
     world = World(args)
     try:
         if "predict" in jobs:

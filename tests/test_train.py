@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+import cabb_loss
 import data
+import isus
 import seamless
 import train
 from pq import PanopticQuality
@@ -143,15 +145,38 @@ def test_another_seed_gives_other_weights(tmp_path, trained):
     assert any(not torch.equal(a[k], b[k]) for k in a if a[k].dtype.is_floating_point)
 
 
-def test_crop_k_is_the_same_for_any_number_of_workers_and_ranks():
-    scenes = data.StreetScenes(4, size=(64, 128), seed=1)
-    options = dict(crop_size=(32, 48), scale=(0.8, 1.25), jitter=0.1, seed=3)
-    alone = iter(train.CropSampler(scenes, start=0, **options))
-    first = [next(alone) for _ in range(8)]
-    for rank in range(2):
-        loader = torch.utils.data.DataLoader(train.CropSampler(scenes, start=2, rank=rank, world=2, **options), batch_size=None, num_workers=2)
-        for (image, target), k in zip(loader, range(2 + rank, 8, 2)):
-            assert torch.equal(image, first[k][0]) and torch.equal(target.segments, first[k][1].segments)
+def test_the_sampler_serves_the_networks_levels_from_crop_number_start_on(tmp_path):
+    """Crop size, ranges, the network's canonical size and the seed reach it; a resumed run goes on where it stopped."""
+    args = train.settings({"dataset": "street", "crop": [32, 48], "scenes": 3, "seed": 3, "canonical": 40, "scale": [0.9, 1.1], "scale_things": [0.5, 4.0]})
+    dataset, world = train.open_dataset(args, True), train.World(args)
+    sampler = train.build_sampler(dataset, args, world, tmp_path, 4)
+    assert sampler.mode == "isus" and sampler.canonical == 40 and tuple(sampler.r_st) == (0.9, 1.1) and tuple(sampler.r_th) == (0.5, 4.0)
+    image, target = next(iter(sampler))
+    again, same = train.build_sampler(dataset, args, world, tmp_path, 0).crop(4)
+    assert image.shape == (3, 32, 48) and torch.equal(image, again) and torch.equal(target.segments, same.segments)
+
+
+def test_labels_on_disk_are_indexed_once_and_the_index_lies_beside_the_runs(cityscapes, tmp_path, monkeypatch):
+    words = ("--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--short-side", 96, "--steps", 2)
+    call(*words, "--out", tmp_path / "runs" / "a")
+    assert (tmp_path / "runs" / "index-cityscapes-train.pt").is_file()
+    def again(*_):
+        raise AssertionError("a label was read again for the index")
+    monkeypatch.setattr(isus._Rows, "__getitem__", again)
+    call(*words, "--out", tmp_path / "runs" / "b")
+    call(*words, "--out", tmp_path / "runs" / "c", "--stop-at", 1)
+    call("--resume", tmp_path / "runs" / "c")
+
+
+@pytest.mark.parametrize("loss", ["cabb", "standard"])
+def test_the_box_loss_reaches_both_heads(loss):
+    """CABB lets a box that goes on beyond the crop be as large as it likes, in proposals and in detections."""
+    args = train.settings({"body": "tiny", "width": 16, "frozen": 0, "box_loss": loss})
+    net = train.build_seamless(data.StreetScenes(1).categories, args)
+    gt, cut = torch.tensor([[0.0, 10, 20, 30]]), torch.tensor([[True, False, False, False]])
+    beyond = cabb_loss.encode(torch.tensor([[-50.0, 10, 20, 30]]), gt)
+    for head in (net.proposal_head, net.region_head):
+        assert (head.box_loss(beyond, gt, gt, 0.1, (64, 64), cut) < 1e-6) == (loss == "cabb")
 
 
 def test_two_processes_train_and_print_the_table_of_one(tmp_path, trained):
@@ -232,7 +257,7 @@ def test_a_method_with_stages_trains_one_after_the_other(tmp_path, monkeypatch):
     call(*quick, "--out", tmp_path / "half", "--stop-at", 2)
     half = torch.load(tmp_path / "half" / "last.pt", weights_only=True)["model"]
     torch.manual_seed(0)
-    start = build(data.StreetScenes(1).categories, {**train.DEFAULTS, **train.RECIPES["street"], "body": "tiny", "width": 16, "frozen": 0}).state_dict()
+    start = build(data.StreetScenes(1).categories, train.settings({"body": "tiny", "width": 16})).state_dict()
     call("--resume", tmp_path / "half")
     end = torch.load(tmp_path / "half" / "last.pt", weights_only=True)["model"]
     def moved(a, b, part):
@@ -258,7 +283,7 @@ def test_compare_trains_every_method_and_writes_one_table_and_one_figure(tmp_pat
 def test_every_method_gives_zero_losses_with_gradients_on_pictures_without_things(tmp_path):
     """So that DistributedDataParallel never waits for a gradient."""
     categories = data.StreetScenes(1).categories
-    args = {**train.DEFAULTS, **train.RECIPES["street"], "width": 16, "body": "tiny", "frozen": 0, "rois": 16, "proposals": 20}
+    args = train.settings({"width": 16, "body": "tiny", "rois": 16, "proposals": 20})
     nothing = data.Sample(torch.rand(3, 64, 96), torch.zeros(64, 96, dtype=torch.long), torch.zeros(0).long(), torch.zeros(0).bool(), "")
     for build in train.METHODS.values():
         torch.manual_seed(0)
