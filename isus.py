@@ -431,7 +431,8 @@ class CropSampler(IterableDataset):
 
     def crop(self, k):
         """Crop number k -> (image [3, h, w], Target)."""
-        g = torch.Generator().manual_seed((self.seed << 32) + k)
+        # The generator keeps 32 bits of what it is given: (seed, k) must be mixed, not shifted.
+        g = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {k}".encode()).digest()[:4], "big"))
         def pick(n):
             return int(torch.randint(n, (), generator=g))
         rows = row = None

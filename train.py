@@ -112,14 +112,18 @@ class Remembered:
         for i, s in enumerate(DataLoader(self.dataset, batch_size=None, num_workers=processes, generator=torch.Generator()) if not self.kept else ()):
             self.keep(i, s)
 
-    def labels(self, i):
-        return self[i].segments, *self.kept[i][2:4]
-
-    def __getitem__(self, i):
+    def parts(self, i):
         if i not in self.kept:
             self.keep(i, self.dataset[i])
-        image, segments, categories, crowd, name = self.kept[i]
-        return data.Sample(image.float() / 255, segments.long(), categories, crowd, name)
+        return self.kept[i]
+
+    def labels(self, i):
+        _, segments, categories, crowd, _ = self.parts(i)
+        return segments.long(), categories, crowd
+
+    def __getitem__(self, i):
+        image, segments, *rest = self.parts(i)
+        return data.Sample(image.float() / 255, segments.long(), *rest)
 
 
 # --- From pictures to batches ---------------------------------------------------------------------------------------------
