@@ -65,9 +65,19 @@ def smooth_l1(z, beta):
     return torch.where(size <= beta, z * z / (2 * beta), size - beta / 2)
 
 
+def check(deltas, gt_boxes, anchors, beta):
+    """One sentence for what cannot be meant: [1, 4] against [N, 4] would broadcast and give numbers, but wrong ones."""
+    if not deltas.shape == gt_boxes.shape == anchors.shape == (len(deltas), 4):
+        raise ValueError(f"deltas {tuple(deltas.shape)}, gt_boxes {tuple(gt_boxes.shape)} and anchors {tuple(anchors.shape)} must all be "
+                         "[N, 4]: one matched ground truth and one anchor for each prediction")
+    if not beta > 0:
+        raise ValueError(f"beta = {beta} must be above 0: it is where the Huber norm turns from quadratic to linear")
+
+
 def box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
     """Eq. 1, the standard loss: L_BB = sum of l_beta(delta_P - delta_G) + l_beta(log omega_P - log omega_G) over x and y -> [N].
-    The last two arguments are there for losses that know about crops, and are ignored."""
+    The last two arguments are there for losses that know about crops, and are ignored.  Raises ValueError for unequal shapes."""
+    check(deltas, gt_boxes, anchors, beta)
     p, gt, a = precise(deltas, gt_boxes, anchors)
     return smooth_l1(p - encode(gt, a), beta).sum(1).to(torch.promote_types(deltas.dtype, torch.float32))
 
@@ -232,8 +242,8 @@ def solve_o2(a2, b2, delta_pred, omega_pred, beta):
 # --- 2.4 Four sides at once -----------------------------------------------------------------------------------------------
 
 def minimise_where(wanted, t_min, hat, t_pred, beta, select):
-    """`minimise` for the `wanted` problems, bool of the shape of the others; f = inf elsewhere.  `select`: solve no others, so that
-    boxes that are not cut cost nothing; on a GPU the rest is cheaper than waiting for the CPU to learn how many there are."""
+    """`minimise` for the `wanted` problems, bool of the shape of the others; f = inf elsewhere.  `select`: solve no others, so
+    that boxes that are not cut cost nothing; on a GPU the rest is cheaper than waiting for the CPU to learn how many there are."""
     if select:
         t, f = t_min.clone(), torch.full_like(hat, math.inf)
         t[wanted], f[wanted] = minimise(t_min[wanted], hat[wanted], t_pred[wanted], beta)
@@ -247,9 +257,9 @@ def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
     """phi(Delta_P), the box of rho_A(G, C) that is nearest to the prediction: deltas [N, 4], float64, without gradient.
 
     deltas, gt_boxes, anchors [N, 4]; gt_boxes in crop coordinates, whole or already cut; beta > 0; crop_size (height, width);
-    truncated bool [N, 4] or None, see `free_sides`."""
-    p, a = precise(deltas, anchors)
-    whole, = precise(gt_boxes)
+    truncated bool [N, 4] or None, see `free_sides`.  Raises ValueError for unequal shapes and for beta <= 0."""
+    check(deltas, gt_boxes, anchors, beta)
+    p, a, whole = precise(deltas, anchors, gt_boxes)
     if crop_size is None:
         return encode(whole, a)
     seen, free = visible(whole, crop_size), free_sides(whole, crop_size, truncated)
@@ -261,7 +271,7 @@ def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
     hat = 2 * torch.stack([p[:, :2] - side[:, 0], side[:, 1] - p[:, :2]], 1)
     t_min, t_pred = target[:, None, 2:].expand_as(hat), p[:, None, 2:].expand_as(hat)
     t, f = minimise_where(wanted, t_min, hat, t_pred, beta, select=not deltas.is_cuda)
-    low = f[:, 0] <= f[:, 1]                                                         # [N, 2]: which problem has the better solution?
+    low = f[:, 0] <= f[:, 1]                                                   # [N, 2]: whose solution is better?
     omega = t.exp()
     delta = torch.where(low, side[:, 0] + omega[:, 0] / 2, side[:, 1] - omega[:, 1] / 2)
     log_omega = torch.where(low, t[:, 0], t[:, 1])
