@@ -242,14 +242,15 @@ def solve_o2(a2, b2, delta_pred, omega_pred, beta):
 # --- 2.4 Four sides at once -----------------------------------------------------------------------------------------------
 
 def minimise_where(wanted, t_min, hat, t_pred, beta, select):
-    """`minimise` for the `wanted` problems, bool of the shape of the others; f = inf elsewhere.  `select`: solve no others, so
-    that boxes that are not cut cost nothing; on a GPU the rest is cheaper than waiting for the CPU to learn how many there are."""
+    """`minimise` for the `wanted` problems, bool of the shape of the others; elsewhere t = t_min and f = inf.  `select`: solve no
+    others, so that boxes that are not cut cost nothing; on a GPU the rest is cheaper than waiting for the CPU to learn how many
+    there are."""
+    t, f = t_min.clone(), torch.full_like(hat, math.inf)
     if select:
-        t, f = t_min.clone(), torch.full_like(hat, math.inf)
         t[wanted], f[wanted] = minimise(t_min[wanted], hat[wanted], t_pred[wanted], beta)
         return t, f
-    t, f = (v.view_as(hat) for v in minimise(*(v.reshape(-1) for v in (t_min, hat, t_pred)), beta))
-    return t, f.masked_fill(~wanted, math.inf)
+    t_all, f_all = (v.view_as(hat) for v in minimise(*(v.reshape(-1) for v in (t_min, hat, t_pred)), beta))
+    return torch.where(wanted, t_all, t), torch.where(wanted, f_all, f)
 
 
 @torch.no_grad()
@@ -280,7 +281,7 @@ def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
     here = both & (p[:, :2] - half <= side[:, 0]) & (p[:, :2] + half >= side[:, 1])
     delta, log_omega = torch.where(here, p[:, :2], delta), torch.where(here, p[:, 2:], log_omega)
     # Where the bound is best, G|C itself is the answer: to the last bit, so that nothing ever exceeds Eq. 1 by rounding.
-    moved = wanted.any(1) & (log_omega > target[:, 2:])
+    moved = log_omega > target[:, 2:]
     return torch.where(torch.cat([moved, moved], 1), torch.cat([delta, log_omega], 1), target)
 
 

@@ -943,8 +943,8 @@ def test_solving_all_problems_and_only_the_wanted_ones_agree():
     wanted = torch.rand(200, 2, 2, generator=g) < 0.4
     t_min, hat, t_pred = (torch.randn(200, 2, 2, generator=g, dtype=torch.float64) * s for s in (1, 4, 1))
     (t, f), (t_all, f_all) = (minimise_where(wanted, t_min, hat, t_pred, 0.5, select) for select in (True, False))
-    assert torch.equal(f, f_all) and torch.equal(t[wanted], t_all[wanted])
-    assert f[~wanted].eq(math.inf).all() and f[wanted].isfinite().all()
+    assert torch.equal(f, f_all) and torch.equal(t, t_all)
+    assert f[~wanted].eq(math.inf).all() and f[wanted].isfinite().all() and torch.equal(t[~wanted], t_min[~wanted])
 
 
 CUT = row(-60, 50, 100, 90)                                   # cut on the left, all else shows: its visible part is 0 50 100 90
@@ -965,6 +965,9 @@ def test_ignoring_cut_sides_asks_only_for_the_sides_that_show():
     for x1 in (-300, -60, 0, 50):
         assert ignoring_loss(encode(row(x1, 50, 100, 90), AT), CUT, AT, 1.0, CROP).item() == pytest.approx(0, abs=1e-12)
     assert ignoring_loss(encode(row(-20, 50, 120, 90), AT), CUT, AT, 1.0, CROP).item() == pytest.approx(0.2 ** 2 / 2, rel=1e-6)
+    right, over = row(20, 50, 700, 90), row(20, 50, 90, 90)   # cut on the right: now the left side is asked for
+    assert ignoring_loss(encode(over, AT), right, AT, 1.0, CROP).item() == pytest.approx(0, abs=1e-12)
+    assert ignoring_loss(encode(over + row(30, 0, 0, 0), AT), right, AT, 1.0, CROP).item() == pytest.approx(0.3 ** 2 / 2, rel=1e-6)
     lower = encode(row(-20, 50, 100, 110), AT)                # 20 pixels taller: centre by 10 of 40, size by 60 / 40
     assert ignoring_loss(lower, CUT, AT, 1.0, CROP).item() == pytest.approx(0.25 ** 2 / 2 + math.log(1.5) ** 2 / 2, rel=1e-6)
     marks = torch.zeros(1, 4, dtype=torch.bool)               # nothing goes on: the standard loss of what shows
