@@ -326,6 +326,11 @@ LOSSES = {"standard": standard_loss, "cut sides ignored": ignoring_loss, "full b
 SIZES, SHARES = (8, 16, 32, 48, 64, 80, 97), (0, 0.1, 0.25, 0.5, 0.75, 0.999, 2)
 
 
+def draw_size(boxes):
+    """sqrt(w h) of boxes [N, 4], for the curves."""
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+
+
 def demo(full=False):
     """Four losses, two worlds, several seeds: predicted over true size against size (whole pictures, nothing is cut any more)
     and against the share of the object that shows (crops, as in training).
@@ -426,14 +431,10 @@ def demo(full=False):
                 found[name].append(decode(deltas, centre_anchor[cell]))
         return torch.cat(truth), {name: torch.cat(f) for name, f in found.items()}
 
-    def size_of(boxes):
-        """sqrt(w h)."""
-        return (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
-
     def ratios(truth, found, value, edges):
         """Median of predicted over true size in each bin of `value`, in percent: {name: [bins]}."""
         bins = [(value >= a) & (value < b) for a, b in zip(edges, edges[1:])]
-        return {name: [100 * (size_of(f[m]) / size_of(truth[m])).median().item() for m in bins] for name, f in found.items()}
+        return {name: [100 * (draw_size(f[m]) / draw_size(truth[m])).median().item() for m in bins] for name, f in found.items()}
 
     device, began = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
     seeds, steps = (10, 2000) if full else (3, 700)
@@ -444,9 +445,9 @@ def demo(full=False):
         for seed in range(seeds):
             nets = train_detectors(seed, telling, steps, device)
             truth, found = judge(nets, WHOLE, telling, device)
-            by_size.append(ratios(truth, found, size_of(truth), SIZES))
+            by_size.append(ratios(truth, found, draw_size(truth), SIZES))
             cut, found_cut = judge(nets, SIDE, telling, device)
-            share = size_of(visible(cut, (SIDE, SIDE))) ** 2 / size_of(cut) ** 2
+            share = draw_size(visible(cut, (SIDE, SIDE))) ** 2 / draw_size(cut) ** 2
             by_share.append(ratios(cut, found_cut, share, SHARES))
             example = example or (truth, found)
             print(f"{world}, seed {seed}: {time.time() - began:.0f} s", flush=True)
@@ -505,14 +506,14 @@ def draw_objective(ax):
 
 def draw_example(ax, truth, found):
     """The largest object of a whole picture and the four predicted boxes."""
-    which = int(size_of(truth).argmax())
+    which = int(draw_size(truth).argmax())
     for name, boxes in {"truth": truth, **found}.items():
         x1, y1, x2, y2 = boxes[which].tolist()
         colour, style = STYLES.get(name, ("k", "-"))
         ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=2, ls="-" if name == "truth" else "--", label=name)
     ax.plot([2, 2 + SIDE, 2 + SIDE, 2, 2], [2, 2, 2 + SIDE, 2 + SIDE, 2], color="grey", lw=1, ls=":", label="a training crop")
     ax.set(xlim=(0, WHOLE), ylim=(WHOLE, 0), aspect="equal")
-    ax.set_title(f"one object of {size_of(truth)[which]:.0f} pixels in a whole picture", fontsize=10)
+    ax.set_title(f"one object of {draw_size(truth)[which]:.0f} pixels in a whole picture", fontsize=10)
     ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1))
 
 

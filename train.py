@@ -63,7 +63,7 @@ PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=
 RECIPES = {
     # Toy pictures have 256x512 pixels, objects a quarter of the size, and section 5.3's anchors: many ratios, twice the stride.
     "street": {**PAPER, **dict(body="small", weights="none", width=64, extra=2, canonical=56, anchor_scale=2, ratios=[0.2, 0.5, 1, 2, 5],
-                               rois=64, proposals=100, window=16, crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], scale_things=[0.7, 1.5], jitter=0.1,
+                               rois=64, proposals=100, window=16, crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], scale_things=[0.8, 1.25], jitter=0.1,
                                lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], interval=50, eval_count=50, scenes=800)},
     "cityscapes": PAPER,
     "idd": PAPER,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torchvision.models.detection._utils import BoxCoder
 
 import cabb_loss as cabb
-from cabb_loss import (box_loss, cabb_loss, cabb_targets, decode, encode, ignoring_loss, minimise_where, smooth_l1, solve_o1, solve_o2,
-                       standard_loss)
+from cabb_loss import (box_loss, cabb_loss, cabb_targets, decode, encode, ignoring_loss, minimise_where, smooth_l1, solve_o1,
+                       solve_o2, standard_loss)
 
 torch.set_num_threads(1)
 BETAS = (1 / 9, 0.5, 1.0, 2.0, 4.0, 16.0)
@@ -956,12 +956,13 @@ def test_the_standard_loss_asks_for_what_shows_and_the_full_loss_for_all(loss, x
     here, there = (encode(row(x, 50, 100, 90), AT) for x in (x1, other))
     value = getattr(cabb, loss)
     assert value(here, CUT, AT, 1.0, CROP).item() == pytest.approx(0, abs=1e-12)
-    assert value(there, CUT, AT, 1.0, CROP).item() == pytest.approx(box_loss(there, row(x1, 50, 100, 90), AT, 1.0).item(), rel=1e-9) and \
-        value(there, CUT, AT, 1.0, CROP) > 0.01
+    cost = box_loss(there, row(x1, 50, 100, 90), AT, 1.0).item()
+    assert value(there, CUT, AT, 1.0, CROP).item() == pytest.approx(cost, rel=1e-9) and cost > 0.01
 
 
 def test_ignoring_cut_sides_asks_only_for_the_sides_that_show():
-    """The left side may be anywhere, inside the crop too; the right side pays for its distance, 20 pixels = 0.2 anchors, and y pays Eq. 1."""
+    """The left side may be anywhere, inside the crop too; the right side pays for its distance, 20 pixels = 0.2 anchors; y pays
+    Eq. 1."""
     for x1 in (-300, -60, 0, 50):
         assert ignoring_loss(encode(row(x1, 50, 100, 90), AT), CUT, AT, 1.0, CROP).item() == pytest.approx(0, abs=1e-12)
     assert ignoring_loss(encode(row(-20, 50, 120, 90), AT), CUT, AT, 1.0, CROP).item() == pytest.approx(0.2 ** 2 / 2, rel=1e-6)

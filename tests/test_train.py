@@ -215,7 +215,7 @@ def test_kill_9_while_a_checkpoint_is_written_keeps_the_previous_one(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     def broken(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
         return deltas.sum(1) * float("nan")
-    monkeypatch.setitem(train.BOX_LOSSES, "standard", broken)
+    monkeypatch.setitem(train.BOX_LOSSES, "cabb", broken)
     said = sentence(capsys, *SMALL, "--steps", 4, "--out", tmp_path / "run")
     assert "not finite" in said and "rph_box" in said and "--lr" in said
 
@@ -360,9 +360,17 @@ def test_a_corrupt_png_is_named_even_from_a_loading_process(capsys, cityscapes, 
 
 def test_a_label_of_another_size_is_named(capsys, cityscapes, tmp_path):
     for f in (cityscapes / "gtFine" / "train").rglob("*.png"):
-        Image.fromarray(np.zeros((10, 10), np.uint16)).save(f)
+        Image.fromarray(np.full((10, 10), 7, np.uint16)).save(f)
     said = sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--out", tmp_path / "r")
     assert "instanceIds.png" in said and "(10, 10)" in said
+
+
+def test_labels_without_a_single_segment_are_named(capsys, cityscapes, tmp_path):
+    for f in (cityscapes / "gtFine" / "train").rglob("*.png"):
+        Image.fromarray(np.zeros((64, 128), np.uint16)).save(f)
+    said = sentence(capsys, "--dataset", "cityscapes", "--root", cityscapes, *SMALL, "--weights", "none", "--out", tmp_path / "r")
+    assert "--sampler isus" in said and "nothing to sample" in said
+    assert "r_st" in sentence(capsys, *SMALL, "--scale", 2, 1, "--out", tmp_path / "r")
 
 
 def test_an_unknown_id_is_named(capsys, cityscapes, tmp_path):
