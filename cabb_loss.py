@@ -514,7 +514,7 @@ def draw_example(ax, truth, found):
     ax.plot([2, 2 + SIDE, 2 + SIDE, 2, 2], [2, 2, 2 + SIDE, 2 + SIDE, 2], color="grey", lw=1, ls=":", label="a training crop")
     ax.set(xlim=(0, WHOLE), ylim=(WHOLE, 0), aspect="equal")
     ax.set_title(f"one object of {draw_size(truth)[which]:.0f} pixels in a whole picture", fontsize=10)
-    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1))
+    ax.legend(fontsize=8, loc="upper right")
 
 
 if __name__ == "__main__":
