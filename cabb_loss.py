@@ -31,6 +31,7 @@ crop is [0, width] x [0, height]; `crop_size` is (height, width).
 """
 import argparse
 import math
+import os
 import time
 
 import torch
@@ -436,6 +437,7 @@ def demo(full=False):
         bins = [(value >= a) & (value < b) for a, b in zip(edges, edges[1:])]
         return {name: [100 * (draw_size(f[m]) / draw_size(truth[m])).median().item() for m in bins] for name, f in found.items()}
 
+    os.makedirs("figures", exist_ok=True)                        # sooner than after minutes of training
     device, began = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
     seeds, steps = (10, 2000) if full else (3, 700)
     worlds = {True: "texture tells the size", False: "texture tells nothing"}
