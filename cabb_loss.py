@@ -340,8 +340,8 @@ def demo(full=False):
     - The standard loss shrinks what comes near the size of a crop: to 78% (92%) at 48 to 64 pixels, to 71% (76%) at 64 to 80.
       CABB gives 86% (100%) and 77% (85%); the ranges of the seeds touch at most.  It cannot do wonders: an object larger than
       a crop is never seen whole, the loss says "at least this", and of the sides that do show the short ones are overrepresented.
-    - Ignoring cut sides is no better than the standard loss, and worse for the largest.  A cut side carries information, "at least up to here"; whoever ignores it
-      lets boxes of any size pass, and what remains to learn from are the small objects that were not cut.
+    - Ignoring cut sides is no better than the standard loss, and worse for the largest.  A cut side carries information, "at least
+      up to here"; whoever ignores it lets boxes of any size pass, and what remains to learn from are objects that were not cut.
     - The full box is the best target where the size can be read off the object: 97% and 103%, and in crops right with a tenth of
       the object in view.  Where it cannot, the target is a guess about what nobody sees, and the network learns to guess: +30% for
       objects of 32 to 64 pixels that would have fitted a crop; in crops it invents.  CABB asks for nothing that does not show, and
@@ -376,8 +376,8 @@ def demo(full=False):
         return picture + 0.05 * torch.randn(picture.shape, generator=g)
 
     def detector():
-        """Pictures [n, 3, s, s] -> deltas [n, 4, s/8, s/8], one anchor of 24 pixels a cell.  It sees 47 pixels around a cell: like real
-        detectors, which see far less at once than their layers add up to, it cannot see both ends of a large object."""
+        """Pictures [n, 3, s, s] -> deltas [n, 4, s/8, s/8], one anchor of 24 pixels a cell.  Its receptive field is
+        1 + 2 (1 + 2 + 4 + 8 + 8) = 47 pixels, so it cannot see both ends of a large object at once."""
         def block(a, b, stride=1, kernel=3):
             return [torch.nn.Conv2d(a, b, kernel, stride, kernel // 2, bias=False), torch.nn.BatchNorm2d(b), torch.nn.ReLU()]
         net = torch.nn.Sequential(*block(3, 16, 2), *block(16, 24, 2), *block(24, 48, 2), *block(48, 48), *block(48, 48),

@@ -256,7 +256,23 @@ def isus():
             assert 1 / seconds >= 8
 
 
-SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus}
+def scales():
+    """What CUS and ISUS choose on the toy street, with the recipe's range of scales: sizes of the chosen things and sigma."""
+    import data
+    from isus import CropSampler, Kept, build_index
+    streets = Kept(data.StreetScenes(60, seed=1))
+    index, isthing = build_index(streets), torch.tensor([c.isthing for c in streets.categories])
+    for mode in ("cus", "isus"):
+        sampler = CropSampler(streets, (128, 256), mode, r_th=(0.8, 1.25), r_st=(0.8, 1.25), index=index, canonical=56)
+        targets = [sampler.crop(k)[1] for k in range(400)]
+        chosen = [t for t in targets if t.instance and isthing[t.categories[t.instance - 1]]]
+        box, sigma = torch.stack([t.full_boxes[t.instance - 1] for t in chosen]), torch.tensor([t.scale for t in chosen])
+        size = (box[:, 2:] - box[:, :2]).prod(1).sqrt()
+        print(f"{mode:6s} {len(chosen)} crops for a thing: median size {size.median():.1f} px, above 56 px {(size > 56).float().mean():.0%}; "
+              f"sigma median {sigma.median():.2f}, mean {sigma.mean():.2f}, at its upper limit {(sigma > 1.2499).float().mean():.0%}")
+
+
+SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
