@@ -86,7 +86,7 @@ class OverlappingCells:
     Choice: a cell of which fewer than 30 pixels show is no object; its pixels are void, for they are not ground either.
     Choice: cells are 20 to 45 pixels long, 7 to 11.5 wide and lie wholly inside, as those of the authors' pictures."""
     categories = [Category("ground", False, (235, 235, 235)), Category("cell", True, (220, 30, 60))]
-    BODY, RIM = np.array([[252, 10, 50], [60, 8, 175]], np.float32) / 255           # colours of the authors' pictures
+    BODY, RIM = np.array([[252, 10, 50], [60, 8, 175]], np.float32)[..., None, None] / 255      # colours of the authors' pictures
     REACH, SMALLEST = 25, 30                              # pixels from a cell's centre to its end, at most; to be an object
 
     def __init__(self, length, size=96, count=(8, 22), seed=0, augment=True):
@@ -117,7 +117,7 @@ class OverlappingCells:
         return centre, angle, length, width
 
     def paint(self, centre, angle, length, width):
-        """Paint cells in their order -> image [H, W, 3], owner [H, W]: which cell shows, 0 for none.
+        """Paint cells in their order -> image [3, H, W], owner [H, W]: which cell shows, 0 for none.
 
         With d the signed distance of a pixel from a rod's outline, its coverage is clip(1/2 - d, 0, 1); the rim is 1.6
         wide.  All cells are measured at once, each on its own 50x50 pixels; only the painting has an order."""
@@ -125,30 +125,34 @@ class OverlappingCells:
         x, y = (np.arange(.5, 2 * self.REACH, dtype=np.float32)[None] - (centre - origin)[:, i:i + 1].astype(np.float32) for i in (0, 1))
         cos, sin, core, radius = (v.astype(np.float32)[:, None, None] for v in (np.cos(angle), np.sin(angle), (length - width) / 2, width / 2))
         along, across = cos * x[:, None] + sin * y[:, :, None], cos * y[:, :, None] - sin * x[:, None]    # [n, 50, 50]
-        d = np.hypot(np.maximum(np.abs(along) - core, 0), across) - radius
-        cover, body = np.clip(.5 - d, 0, 1), np.clip(.5 - (d + 1.6), 0, 1)
-        colour = self.RIM + body[..., None] * (self.BODY - self.RIM)                                      # [n, 50, 50, 3]
-        image, owner = np.ones((self.height, self.width, 3), np.float32), np.zeros((self.height, self.width), np.int64)
+        beyond = np.maximum(np.abs(along) - core, 0)
+        d = np.sqrt(beyond * beyond + across * across) - radius
+        # What is painted: [cover, body], which mix like colours do; the colours themselves follow from the two in the end.
+        cover = np.minimum(np.maximum(.5 - d, 0), 1)
+        ink = np.stack([np.ones_like(d), np.minimum(np.maximum(.5 - 1.6 - d, 0), 1)], 1)                  # [n, 2, 50, 50]
+        mix, owner = np.zeros((2, self.height, self.width), np.float32), np.zeros((self.height, self.width), np.int64)
         for k, (left, top) in enumerate(origin):
             rows, cols = slice(max(top, 0), top + 2 * self.REACH), slice(max(left, 0), left + 2 * self.REACH)
-            under, own = image[rows, cols], owner[rows, cols]                     # views: painting them paints the picture
-            part = k, slice(rows.start - top, rows.start - top + len(own)), slice(cols.start - left, cols.start - left + own.shape[1])
-            under += cover[part][..., None] * (colour[part] - under)
-            own[cover[part] >= .5] = k + 1
-        return image, owner
+            under, own = mix[:, rows, cols], owner[rows, cols]                    # views: painting them paints the picture
+            part = slice(rows.start - top, rows.start - top + len(own)), slice(cols.start - left, cols.start - left + own.shape[1])
+            under += cover[k][part] * (ink[(k, slice(None), *part)] - under)
+            own[cover[k][part] >= .5] = k + 1
+        return 1 + mix[0] * (self.RIM - 1) + mix[1] * (self.BODY - self.RIM), owner
 
     def disturb(self, image, random):
-        """Random blur (a Gaussian of up to one pixel) and noise, half of it grey, half coloured; some pictures stay clean."""
+        """Random blur (a Gaussian of up to one pixel) and noise, partly grey, partly coloured; some pictures stay clean."""
         sigma, strength, grey = max(0, random.uniform(-.3, 1)), max(0, random.uniform(-.1, .35)), random.random()
         if sigma > .2:
             kernel = np.exp(-.5 * (np.arange(-3, 4) / sigma) ** 2).astype(np.float32)
             kernel /= kernel.sum()
-            for axis in (0, 1):
-                edge = np.pad(image, [(3, 3) if a == axis else (0, 0) for a in range(3)], mode="edge")
-                image = sum(k * np.take(edge, range(i, i + image.shape[axis]), axis) for i, k in enumerate(kernel))
+            h, w = image.shape[1:]
+            edge = np.pad(image, ((0, 0), (3, 3), (0, 0)), mode="edge")
+            image = sum(k * edge[:, i:i + h] for i, k in enumerate(kernel))
+            edge = np.pad(image, ((0, 0), (0, 0), (3, 3)), mode="edge")
+            image = sum(k * edge[:, :, i:i + w] for i, k in enumerate(kernel))
         for share, channels in ((grey, 1), (1 - grey, 3)):
-            image = image + np.float32(strength * share) * random.standard_normal((*image.shape[:2], channels), dtype=np.float32)
-        return np.clip(image, 0, 1)
+            image = image + np.float32(strength * share) * random.standard_normal((channels, *image.shape[1:]), dtype=np.float32)
+        return np.minimum(np.maximum(image, 0), 1)
 
     def __getitem__(self, i):
         if not 0 <= i < self.length:
@@ -163,7 +167,7 @@ class OverlappingCells:
         number = number.cumsum() * number                     # ground and objects are counted 1, 2, ...; what is too small is 0
         categories = torch.ones(int(number.max()), dtype=torch.int64)
         categories[:int(area[0] > 0)] = 0
-        return Sample(torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(number[owner]), categories,
+        return Sample(torch.from_numpy(image), torch.from_numpy(number[owner]), categories,
                       torch.zeros(len(categories), dtype=torch.bool), f"cells-{self.seed}-{i}")
 
     def labels(self, i):
@@ -195,10 +199,15 @@ class AdaIN(nn.Module):
         self.eps = eps
 
     def forward(self, x, scale, shift):
-        var, mean = torch.var_mean(x.float(), dim=(2, 3), correction=0)                   # [N, C]
-        factor = scale * (var + self.eps).rsqrt()
-        offset = shift - mean * factor                       # one multiplication and one addition per pixel, not four
-        return x * factor.to(x.dtype)[:, :, None, None] + offset.to(x.dtype)[:, :, None, None]
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)                                      # [N, h w, C]
+        with torch.autocast(x.device.type, enabled=False):    # statistics want float32
+            full = pixels.float() if x.dtype != torch.float64 else pixels
+            average = full.new_full((1, full.shape[1]), 1 / full.shape[1])                # a mean as a product is fastest
+            mean = average @ full                                                         # [N, 1, C]
+            var = (average @ full.square() - mean.square()).clamp(min=0)
+            factor = scale[:, None] * (var + self.eps).rsqrt()
+            offset = shift[:, None] - mean * factor          # one multiplication and one addition per pixel, not four
+        return (pixels * factor.to(x.dtype) + offset.to(x.dtype)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class RelativeCoordConv(nn.Module):
@@ -256,18 +265,21 @@ class InstanceSelection(nn.Module):
 
     Choice: the last layer gives stride^2 values for each cell, one per pixel (a pixel shuffle), so that masks are sharp
     although all work is done at the stride of the features.
-    Choice: `blocks` layers of `width` channels after the first, and AdaIN once, after the first layer: the text has no
-    numbers for the toy network."""
+    Choice: `blocks` layers of `width` channels after the first, and AdaIN after the first `adains` layers of all: the text
+    has no numbers.  Such a layer needs no batch norm: whatever a batch norm multiplies and adds, AdaIN takes out again."""
 
-    def __init__(self, channels, stride, width=32, blocks=3, window=None, radius=48, coordinates=True):
+    def __init__(self, channels, stride, width=32, blocks=3, window=None, radius=48, coordinates=True, adains=3):
         super().__init__()
+        if not 1 <= adains <= blocks + 1:
+            raise ValueError(f"adains = {adains}: of {blocks + 1} layers at least one and at most all can be followed by AdaIN")
         self.stride, self.window = stride, window and (window if isinstance(window, (tuple, list)) else (window, window))
-        self.controller = Controller(channels, width)
+        self.width, self.adains, self.adain = width, adains, AdaIN()
+        self.controller = Controller(channels, width * adains)
         self.share = nn.Conv2d(channels, width, 3, padding=1)
         self.relative = RelativeCoordConv(radius, stride)
         self.place = nn.Conv2d(2, width, 1, bias=False) if coordinates else None                  # None: the ablation
-        self.norm, self.adain = nn.BatchNorm2d(width), AdaIN()
-        self.layers = nn.Sequential(*[conv(width, width) for _ in range(blocks)], nn.Conv2d(width, stride * stride, 1))
+        self.adapted = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1) for _ in range(adains - 1)])
+        self.layers = nn.Sequential(*[conv(width, width) for _ in range(blocks + 1 - adains)], nn.Conv2d(width, stride * stride, 1))
 
     def corners(self, points, size):
         """Upper left cells [N, 2] of the windows around points [N, 2] on a map of `size`, and the window's size in cells."""
@@ -280,7 +292,8 @@ class InstanceSelection(nn.Module):
         """`shared` is `self.share(features)` where that is known already, `corners` (in cells) other windows than its own."""
         B, K, (h, w) = *points.shape[:2], features.shape[-2:]
         shared = self.share(features) if shared is None else shared
-        scale, shift = self.controller(bilinear(features, points, self.stride).flatten(0, 1))     # [B K, width]
+        scales, shifts = self.controller(bilinear(features, points, self.stride).flatten(0, 1))   # [B K, adains width]
+        scales, shifts = scales.split(self.width, 1), shifts.split(self.width, 1)
         points = points.flatten(0, 1)
         first, window = self.corners(points, (h, w))
         first = first if corners is None else corners
@@ -291,8 +304,10 @@ class InstanceSelection(nn.Module):
         x = shared.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cells.flatten()).unflatten(0, cells.shape).permute(0, 3, 1, 2)
         if self.place is not None:
             x = x + self.place(self.relative(points, first * self.stride, window).to(x.dtype).contiguous(memory_format=torch.channels_last))
-        x = self.layers(self.adain(self.norm(F.relu(x)), scale, shift))
-        return F.pixel_shuffle(x, self.stride)[:, 0], first * self.stride
+        x = self.adain(F.relu(x), scales[0], shifts[0])
+        for layer, scale, shift in zip(self.adapted, scales[1:], shifts[1:]):
+            x = self.adain(F.relu(layer(x)), scale, shift)
+        return F.pixel_shuffle(self.layers(x), self.stride)[:, 0], first * self.stride
 
 
 class Branch(nn.Module):
@@ -576,14 +591,14 @@ class AdaptIS(nn.Module):
 
     def __init__(self, isthing, encoder, width=32, blocks=3, window=None, radius=280, points=6, loss=normalized_focal_loss,
                  proposals=True, threshold=.5, per_round=7, patience=20, min_area=1, stuff_area=0, flip=False, rates=(5e-4, 5e-4),
-                 proposal_share=.1, coordinates=True):
+                 proposal_share=.1, coordinates=True, adains=3):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
         if not isthing.any():
             raise ValueError("no category is a thing: there is nothing to point at")
         self.register_buffer("isthing", isthing, persistent=False)
         self.encoder, self.stride, c = encoder, encoder.stride, encoder.channels
-        self.selection = InstanceSelection(c, encoder.stride, width, blocks, window, radius, coordinates)
+        self.selection = InstanceSelection(c, encoder.stride, width, blocks, window, radius, coordinates, adains)
         self.semantic = Branch(c, len(isthing), width)
         self.proposal = Branch(c, 1, width) if proposals else None
         self.points, self.loss, self.threshold, self.per_round, self.patience = points, loss, threshold, per_round, patience

@@ -2,7 +2,8 @@
 
     python train.py                                         toy street scenes, a thin backbone, some minutes on a CPU
     python train.py --dataset cityscapes --root DIR         the real thing; idd, coco and mapillary likewise
-    python train.py --method seamless|maskrcnn              who segments (maskrcnn: torchvision's, as a peer)
+    python train.py --method seamless|adaptis|maskrcnn      who segments (maskrcnn: torchvision's, as a peer)
+    python train.py --dataset cells                         the toy problem of AdaptIS; hours, or --steps 10000
     python train.py --resume RUN                            go on as if the run had not stopped
     python train.py --eval RUN/last.pt [--root DIR]         full-image evaluation
     python train.py --predict RUN/last.pt picture.png ...   on anybody's pictures
@@ -37,6 +38,7 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 
+import adaptis
 import cabb_loss
 import data
 import isus
@@ -73,6 +75,35 @@ RECIPES = {
     # Choice: no COCO recipe in the paper; Mask R-CNN's shortest side of 800 and one level more than Cityscapes.
     "coco": {**PAPER, **dict(extra=1, short_side=800, scale=[0.8, 1.25], crop=[640, 640], steps=90000)},
 }
+# AdaptIS, sections 6 and 7: Adam; rate 5e-5 for a pretrained backbone (`lr_body`), 1e-4 for the rest; random crops; six points a
+# picture; R = 280 pixels; T = 0.40; 260 epochs in batches of 8 with drops after 240 and 255, then 10 for the proposals.
+# The head sees as much of a whole picture as it saw of a crop: `point_window` is the crop.  Steps are epochs * pictures / batch.
+# Choice: jitter of 0.2; the text says no strength.  The other flags are those of the data set's recipe above.
+POINTS = dict(sampler="uniform", crop=[400, 800], point_window=[400, 800], batch=8, scale=[0.2, 1.2], jitter=0.2, lr=1e-4, lr_body=5e-5, decay=0.0,
+              steps=270 * 2975 // 8, warmup=0, drops=[240 / 260, 255 / 260], proposal_share=10 / 270, points=6, radius=280.0, threshold=0.40,
+              per_round=8, patience=200, mask_loss="nfl", coordinates=True, head_width=64, head_blocks=3, min_area=100, flip_test=True)
+ADAPTIS = {
+    # A toy of a quarter of the size, from scratch: one rate for all.
+    "street": {**POINTS, **dict(crop=[192, 384], point_window=[192, 384], batch=4, scale=[0.8, 1.25], jitter=0.1, lr=2e-3, lr_body=2e-3, steps=850, warmup=50,
+                                drops=[0.6, 0.85], proposal_share=0.12, radius=70.0, head_width=32, min_area=16, flip_test=False)},
+    "cityscapes": POINTS,
+    "idd": POINTS,
+    # Longest side 500 to 2200 in training and 2000 at test time (pictures are 4:3); 65 epochs of 18,000, drops after 50 and 60; mirrored only.
+    "mapillary": {**POINTS, **dict(short_side=1500, scale=[0.25, 1.1], jitter=0.0, steps=75 * 18000 // 8, drops=[50 / 65, 60 / 65],
+                                   proposal_share=10 / 75, threshold=0.35)},
+    # Shortest side 350 to 700 in training and 600 at test time; 20 epochs of 118,000 in batches of 16, drops after 15 and 19; eight points.
+    "coco": {**POINTS, **dict(short_side=600, scale=[350 / 600, 700 / 600], crop=[544, 544], point_window=[544, 544], jitter=0.0, batch=16,
+                              steps=30 * 118000 // 16, drops=[0.75, 0.95], proposal_share=10 / 30, points=8, threshold=0.35)},
+    # Section 6: 140 epochs of 10,000 pictures, random points, seven a round.  Choice: batches of 8, and a rate four times the paper's
+    # 5e-4 that falls at the end; the paper names neither batch nor drops.
+    "cells": {**POINTS, **dict(short_side=0, crop=[96, 96], point_window=[64, 64], sampler="full", scale=[1.0, 1.0], scale_things=[1.0, 1.0], jitter=0.0, lr=2e-3, lr_body=2e-3,
+                               steps=140 * 10000 // 8, warmup=200, drops=[0.6, 0.85, 0.95], radius=48.0, threshold=0.5, per_round=7, patience=20,
+                               proposal_share=0.0, head_width=32, head_blocks=3, min_area=30, flip_test=False)},
+}
+# The peers on cells: pictures enlarged four times as in the paper, anchors and levels for cells of 80 to 180 pixels.
+RECIPES["cells"] = {**RECIPES["street"], **dict(method="adaptis", sampler="full", crop=[384, 384], short_side=384, scale=[1.0, 1.0], scale_things=[1.0, 1.0],
+                                                canonical=112, anchor_scale=8, extra=0, ratios=[0.33, 1, 3], rois=128, proposals=200, jitter=0.0, batch=4, steps=137500,
+                                                lr=0.02, drops=[35 / 55, 45 / 55], scenes=10000, eval_count=200)}
 SPLITS = {"cityscapes": ("train", "val"), "idd": ("train", "val"), "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
 
 
@@ -81,6 +112,8 @@ def open_dataset(args, train):
     if args["dataset"] == "street":
         # Training never meets the evaluation's scenes: they come from another seed.
         return Remembered(data.StreetScenes(args["scenes"], seed=1)) if train else data.StreetScenes(args["eval_count"] or 50, seed=0)
+    if args["dataset"] == "cells":
+        return adaptis.OverlappingCells(args["scenes"], seed=1) if train else adaptis.OverlappingCells(2000, seed=0)
     if not args.get("root"):
         raise UserError(f"--dataset {args['dataset']} needs --root DIR, the folder of the data set")
     split = args.get("train_split" if train else "val_split") or SPLITS[args["dataset"]][0 if train else 1]
@@ -235,7 +268,30 @@ class MaskRCNN(nn.Module):
         return seamless.assemble(found, self.semantic_head(features), own, size or own, self.isthing, stuff_area=self.stuff_area)
 
 
-METHODS = {"seamless": build_seamless, "maskrcnn": MaskRCNN}      # (categories, args) -> a module that keeps the protocol above
+class Fused(nn.Module):
+    """One map at stride 4, as AdaptIS wants it: the pyramid's levels up to stride 32, enlarged and added up."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.stride, self.channels = body, 4, body.channels
+
+    def forward(self, images):
+        first, *coarser = [m for stride, m in sorted(self.body(images).items()) if stride <= 32]
+        return sum((F.interpolate(m, first.shape[-2:], mode="bilinear") for m in coarser), first)
+
+
+def build_adaptis(categories, args):
+    """AdaptIS; on cells with its own U-Net and random points, elsewhere on the pyramid and with the point proposal branch."""
+    toy = args["dataset"] == "cells"
+    encoder = adaptis.UNet() if toy else Fused(build_body(args))
+    return adaptis.AdaptIS([k.isthing for k in categories], encoder, args["head_width"], args["head_blocks"], args["point_window"], args["radius"],
+                           args["points"], MASK_LOSSES[args["mask_loss"]], not toy, args["threshold"], args["per_round"], args["patience"],
+                           args["min_area"], 0 if toy else args["stuff_area"], args["flip_test"], (args["lr_body"], args["lr"]),
+                           args["proposal_share"], args["coordinates"])
+
+
+METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "maskrcnn": MaskRCNN}      # (categories, args) -> a module that keeps the protocol above
+MASK_LOSSES = {"nfl": adaptis.normalized_focal_loss, "focal": adaptis.focal_loss, "bce": adaptis.binary_cross_entropy}
 BOX_LOSSES = {"cabb": cabb_loss.cabb_loss, "standard": cabb_loss.box_loss}   # (deltas, gt, anchors, beta, crop_size, truncated) -> [N]
 SAMPLERS = isus.MODES                                                         # which crops to train on
 
@@ -403,6 +459,8 @@ def evaluate(model, dataset, args, world, folder, references=False):
         a, b = result["AP_mask"], result["AP_box"]
         print(f"mask AP {a['AP']:.1f} (AP50 {a['AP50']:.1f})   box AP {b['AP']:.1f}   "
               f"on {count} images, {result['images_per_second']:.2f} a second")
+        if args["dataset"] == "cells":
+            print("mask AP at an IoU of " + ", ".join(f".{t // 10} {v:.1f}" for t, v in table1(a).items()))
         if "ceiling" in result:
             print(f"PQ {result['PQ']:.1f}   stride-4 ceiling {result['ceiling']:.1f}"
                   + (f"   colour baseline {result['baseline']:.1f}" if "baseline" in result else ""))
@@ -491,7 +549,7 @@ def train(args, world, folder, state=None):
                              prefetch_factor=2 * args["batch"] if args["workers"] else None))
     folder.mkdir(parents=True, exist_ok=True)            # not sooner: what cannot start leaves no folder behind
     log = open_log(folder / "log.csv", begin) if world.rank == 0 else None
-    edge, spent = 0, 0.0
+    edge, spent, clock = 0, 0.0, (state or {}).get("seconds", 0.0)       # clock: seconds spent on training, those before a resume included
     for name, groups, make_optimiser, share in stages_of(model, args):
         spent += share                              # rounded as a sum, so that the last stage ends with the run
         first, edge = edge, round(spent * args["steps"])
@@ -507,6 +565,7 @@ def train(args, world, folder, state=None):
             optimiser.load_state_dict(state["optimiser"])
         wrapped = nn.parallel.DistributedDataParallel(Losses(model), find_unused_parameters=True) if world.size > 1 else Losses(model)
         started, window = time.time(), []
+        tick = started
         for step in range(max(begin, first), edge):
             model.train()
             for g, lr in zip(optimiser.param_groups, base):
@@ -536,17 +595,41 @@ def train(args, world, folder, state=None):
                     print(f"step {done:6d}/{args['steps']}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                           + f"  {args['batch'] / each:.1f} img/s  {world.memory():.1f} GiB  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left", flush=True)
             stop = done == args["stop_at"] or done == args["steps"]
+            clock, tick = clock + time.time() - tick, time.time()
             if stop or done % (10 * args["interval"]) == 0:
-                save_state(path, model, optimiser, done, args, dataset.categories, world)
+                save_state(path, model, optimiser, done, args, dataset.categories, world, clock)
+            if args.get("eval_every") and done % args["eval_every"] == 0 and done < args["steps"]:
+                add_to_curve(folder, done, clock, evaluate(model, held_out, args, world, folder), world)
+                started, tick = started + time.time() - tick, time.time()
             if done == args["stop_at"] and done < args["steps"]:
                 world.say(f"stopped after step {done}; go on with: python train.py --resume {folder}")
                 return {}
     if world.rank == 0:
         draw_curves(folder)
-    return evaluate(model, held_out, args, world, folder, references=True)
+    result = evaluate(model, held_out, args, world, folder, references=True)
+    if args.get("eval_every"):
+        add_to_curve(folder, args["steps"], clock, result, world)
+    return result
 
 
-def save_state(path, model, optimiser, step, args, categories, world):
+def table1(ap):
+    """The columns of AdaptIS's Table 1: AP at an IoU of 50, 70, 80 and 90 percent."""
+    return {round(100 * t): v for t, v in ap["per_threshold"].items() if round(100 * t) in (50, 70, 80, 90)}
+
+
+def add_to_curve(folder, step, seconds, result, world):
+    """A line of curve.csv: how good after so many steps and minutes of training (evaluation not counted)."""
+    if world.rank:
+        return
+    path, ap = folder / "curve.csv", result["AP_mask"]
+    rows = [r for r in csv.reader(open(path)) if r[0] == "step" or int(r[0]) < step] if path.exists() else []     # a resumed run's own past
+    columns = {"PQ": result["PQ"], "AP": ap["AP"], **{f"AP{t}": v for t, v in table1(ap).items()}}
+    rows = rows or [["step", "minutes", *columns]]
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([*rows, [step, f"{seconds / 60:.2f}", *(f"{v:.2f}" for v in columns.values())]])
+
+
+def save_state(path, model, optimiser, step, args, categories, world, seconds=0.0):
     """Rank 0 writes; every rank contributes the state of its random numbers."""
     mine = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
@@ -555,7 +638,7 @@ def save_state(path, model, optimiser, step, args, categories, world):
     if world.size > 1:
         dist.all_gather_object(rng, mine)
     if world.rank == 0:
-        save_checkpoint(path, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "rng": rng,
+        save_checkpoint(path, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds, "rng": rng,
                                "args": {k: v for k, v in args.items() if k != "stop_at"},
                                "categories": [[k.name, bool(k.isthing), list(k.colour)] for k in categories]})
 
@@ -618,12 +701,12 @@ def predict(args, state, pictures, world, folder):
     data.write_panoptic_json(out / "panoptic", annotations, categories)
 
 
-def compare(args, world, folder):
-    """Every method on the same scenes, seed and steps: one table, one figure."""
-    rows, fig = {}, None
+def compare(explicit, world, folder):
+    """Every method on the same scenes, seed and number of crops, each by its own recipe: one table, one figure."""
+    rows, args = {}, settings(explicit)
     for method in METHODS:
         begin = time.time()
-        result = train({**args, "method": method}, world, folder / method)
+        result = train(settings({**explicit, "method": method}), world, folder / method)
         rows[method] = {**{k: result[k] for k in ("PQ", "PQ_th", "PQ_st", "SQ", "RQ", "PQ_dagger", "mIoU")}, "AP_mask": result["AP_mask"]["AP"],
                         "AP_box": result["AP_box"]["AP"], "minutes": (time.time() - begin) / 60}
     columns = list(next(iter(rows.values())))
@@ -664,13 +747,19 @@ def parse(argv):
     numbers(model, int, width="channels of the pyramid; the heads follow", extra="levels beyond stride 32", frozen="stages that do not learn",
             canonical="size in pixels of an object on the third level", rois="proposals a picture to learn from",
             proposals="proposals a picture at test time", window="of MiniDL's pooling", stuff_area="smallest stuff, in pixels of a 1024x2048 picture")
-    numbers(model, float, anchor_scale="side of an anchor in strides")
+    numbers(model, float, anchor_scale="side of an anchor in strides", radius="of AdaptIS's relative coordinates, in pixels", threshold="of AdaptIS's masks")
+    numbers(model, int, points="AdaptIS learns from, a picture", per_round="points asked at once", patience="rounds without a new object", min_area="of an object, in pixels",
+            head_width="channels of AdaptIS's heads", head_blocks="layers of its selection network")
+    model.add_argument("--point-window", type=int, nargs=2, metavar=("H", "W"), help="what AdaptIS's selection network sees around a point, in pixels")
+    model.add_argument("--mask-loss", choices=list(MASK_LOSSES)), model.add_argument("--flip-test", action="store_true", help="AdaptIS: average with the mirrored picture")
+    model.add_argument("--no-coordinates", dest="coordinates", action="store_false", help="AdaptIS without Relative CoordConv")
     model.add_argument("--ratios", type=float, nargs="+", help="height over width of the anchors")
     run.add_argument("--sampler", choices=SAMPLERS), run.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
     numbers(run, int, short_side="shorter side of a picture in pixels, 0: as it is", batch="crops a step, over all processes", steps="length",
             warmup="steps", interval="steps between log lines", stop_at="stop there; the schedule stays", seed="of weights and crops",
             scenes="toy pictures to train on", eval_count="pictures to evaluate on, 0: all", workers="loading processes", threads="of the CPU, 0: all")
-    numbers(run, float, lr="learning rate", clip="norm of the gradients", decay="weight decay", jitter="of colours, 0..1", flip="share of mirrored pictures")
+    run.add_argument("--eval-every", type=int, help="evaluate every so many steps into curve.csv, 0: at the end only")
+    numbers(run, float, lr="learning rate", lr_body="of AdaptIS's backbone", proposal_share="of the steps, for AdaptIS's proposal branch", clip="norm of the gradients", decay="weight decay", jitter="of colours, 0..1", flip="share of mirrored pictures")
     run.add_argument("--scale", type=float, nargs=2, metavar=("LO", "HI"), help="random scale of a training picture")
     run.add_argument("--scale-things", type=float, nargs=2, metavar=("LO", "HI"), help="limits of the scale that ISUS gives an instance")
     run.add_argument("--drops", type=float, nargs="*", help="shares of the run after which the rate falls to a tenth")
@@ -678,13 +767,15 @@ def parse(argv):
     return vars(p.parse_args(argv))
 
 
-DEFAULTS = dict(dataset="street", method="seamless", box_loss="cabb", seed=0, workers=1, threads=0, stop_at=0, precision="auto", device="auto",
+DEFAULTS = dict(dataset="street", method="seamless", eval_every=0, box_loss="cabb", seed=0, workers=1, threads=0, stop_at=0, precision="auto", device="auto",
                 root=None, train_split=None, val_split=None)
 
 
 def settings(explicit):
     """All arguments of a new run: defaults, the data set's recipe over them, what was given over both."""
-    args = {**DEFAULTS, **RECIPES[explicit.get("dataset", "street")], **explicit}
+    dataset = explicit.get("dataset", "street")
+    method = explicit.get("method", RECIPES[dataset].get("method", DEFAULTS["method"]))
+    args = {**DEFAULTS, **RECIPES[dataset], **(ADAPTIS[dataset] if method == "adaptis" else {}), **explicit, "method": method}
     return {**args, "frozen": 0} if args["no_freeze"] or args["weights"] == "none" else args
 
 
@@ -708,7 +799,7 @@ def run(explicit):
         folder = Path(jobs.get("resume") or jobs.get("out") or world.agree(free_folder(args, "compare" if "compare" in jobs else args["method"])))
         if "resume" not in jobs and any((folder / part / "last.pt").exists() for part in (".", *METHODS)):
             raise UserError(f"{folder} holds a run already; go on with it by --resume {folder}, or give another --out")
-        return compare(args, world, folder) if "compare" in jobs else train(args, world, folder, state)
+        return compare(explicit, world, folder) if "compare" in jobs else train(args, world, folder, state)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
