@@ -692,3 +692,286 @@ class AdaptIS(nn.Module):
         y, x = (((torch.arange(n, device=image.device) + .5) * old / n).long() for n, old in zip(size, own))
         boxes = p.instances["boxes"] * p.scores.new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
         return p._replace(segments=p.segments[y[:, None], x], instances=p.instances | dict(boxes=boxes, masks=p.instances["masks"][:, y[:, None], x]))
+
+
+# --- 6 The toy problem as a whole ---------------------------------------------------------------------------------------
+
+def toy_model(**changes):
+    """The network for cells: ground and cell, a U-Net, random points, a head that sees 64x64 pixels."""
+    return AdaptIS([False, True], UNet(), **{**dict(window=64, radius=48, proposals=False, min_area=OverlappingCells.SMALLEST), **changes})
+
+
+def load(path):
+    """The toy model from a file that this demo (runs/adaptis.pt) or `train.py --dataset cells` (last.pt) has written."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file; train a model first: python adaptis.py")
+    try:
+        model = toy_model()
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+    except Exception as e:
+        raise ValueError(f"{path} holds no weights of the cells' network; python adaptis.py writes runs/adaptis.pt") from e
+    return model.eval()
+
+
+def found_and_false(labels, segments, categories):
+    """Instances [H, W] (0: nobody) against a label -> (found, objects, false): objects of which an instance has an IoU above
+    one half, which no two instances can have; instances that found nothing.  One that lies mostly on void is neither."""
+    n, m = int(labels.max()), len(categories)
+    pairs = torch.bincount((labels * (m + 1) + segments).flatten(), minlength=(n + 1) * (m + 1)).view(n + 1, m + 1)
+    union = pairs.sum(1, keepdim=True) + pairs.sum(0) - pairs
+    thing = F.pad(categories == 1, (1, 0))                    # of segment k; 0 is void
+    hit = (2 * pairs > union) & thing
+    hit[0] = False
+    lost = (~hit.any(1) & (2 * pairs[:, 0] <= pairs.sum(1)))[1:] & (pairs[1:].sum(1) > 0)
+    return int(hit.sum()), int((thing & (pairs.sum(0) > 0)).sum()), int(lost.sum())
+
+
+def click_window(model, image):
+    """A matplotlib figure of image [3, H, W] in which a click paints the object under the cursor.  The backbone has run before
+    the window opens; a click costs one run of the head."""
+    import matplotlib.pyplot as plt
+    H, W = image.shape[1:]
+    features = model.encoder(image[None])
+    shared, paint = model.selection.share(features), np.zeros((H, W, 4), np.float32)
+    fig, ax = plt.subplots(figsize=(7, 7 * H / W + .5), layout="constrained")
+    ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, W, H, 0))               # x, y of a click are those of a point
+    overlay = ax.imshow(paint, extent=(0, W, H, 0))
+    ax.set_title("click on a cell")
+    ax.axis("off")
+    clicks = []
+
+    @torch.no_grad()
+    def on_click(event):
+        if event.inaxes is not ax or not (0 <= event.xdata < W and 0 <= event.ydata < H):
+            return
+        point = torch.tensor([[[event.xdata, event.ydata]]], dtype=torch.float32)
+        logits, corners = model.selection(features, point, shared)
+        (x, y), C = corners[0].tolist(), torch.sigmoid(logits[0].float())[:H - corners[0, 1], :W - corners[0, 0]]
+        mask = (C > model.threshold).numpy()
+        paint[y:y + mask.shape[0], x:x + mask.shape[1]][mask] = (*plt.cm.tab10(len(clicks) % 10)[:3], .75)
+        clicks.append(point)
+        overlay.set_data(paint)
+        ax.set_title(f"({event.xdata:.0f}, {event.ydata:.0f}): {mask.sum()} pixels, mean confidence {C.numpy()[mask].mean() if mask.any() else 0:.2f}")
+        fig.canvas.draw_idle()
+
+    fig.canvas.mpl_connect("button_press_event", on_click)
+    return fig
+
+
+def draw_instances(image, labels, seed=1):
+    """The picture [H, W, 3] with every instance in a colour of its own."""
+    import matplotlib
+    n, random = int(labels.max()), np.random.default_rng(seed)
+    hues = matplotlib.colormaps["hsv"](random.permutation(np.linspace(0, 1, n, endpoint=False)))[:, :3] if n else np.zeros((0, 3))
+    colours = np.concatenate([[[1, 1, 1]], hues * random.uniform(.55, 1, (n, 1))])
+    shade = image.mean(0).numpy()[..., None] * .35 + .65
+    return np.clip(colours[labels.numpy()] * shade, 0, 1)
+
+
+def draw(path, model, sample, more, large):
+    """figures/adaptis.png: results; what single points say; the steps of the greedy algorithm; a larger picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    H, W = sample.image.shape[1:]
+    trace = []
+    p = segment_panoptic(model, sample.image, trace=trace)
+    labels = lambda p: (p.instances["masks"] * torch.arange(1, len(p.instances["scores"]) + 1)[:, None, None]).sum(0)       # noqa: E731
+    fig = plt.figure(figsize=(14, 16.5), layout="constrained")
+    upper, lower = fig.subfigures(2, 1, height_ratios=(3, 2))
+    axes = upper.subplots(4, 6)
+    extent = (0, W, H, 0)
+    for i, s in enumerate([sample, *more]):
+        q = p if i == 0 else segment_panoptic(model, s.image)
+        found, n, false = found_and_false(labels(q), s.segments, s.categories)
+        axes[i // 3, i % 3 * 2].imshow(s.image.permute(1, 2, 0).numpy())
+        axes[i // 3, i % 3 * 2].set_title(f"picture {'ABCDEF'[i]}", fontsize=11)
+        axes[i // 3, i % 3 * 2 + 1].imshow(draw_instances(s.image, labels(q)))
+        axes[i // 3, i % 3 * 2 + 1].set_title(f"{found} of {n} found, {false} false", fontsize=11)
+    # Six points: two on the same cell, and others.
+    features = model.encoder(sample.image[None])
+    things = (sample.categories == 1).nonzero()[:, 0] + 1
+    generator = torch.Generator().manual_seed(3)
+    areas = torch.bincount(sample.segments.flatten(), minlength=len(sample.categories) + 1)[things]
+    big = things[areas.argsort(descending=True)]
+    chosen = [sample_points(sample.segments, big[k:k + 1], 1, generator)[0][0] for k in (0, 0, 1, 2, len(big) // 2, -2)]
+    logits, corners = model.selection(features, torch.stack(chosen)[None])
+    for ax, point, C, (x, y) in zip(axes[2], chosen, logits.sigmoid(), corners.tolist()):
+        full = torch.zeros(H + 64, W + 64)
+        full[y:y + C.shape[0], x:x + C.shape[1]] = C
+        grey = sample.image.mean(0)[..., None].expand(-1, -1, 3) * .5 + .4
+        heat = torch.tensor(matplotlib.colormaps["inferno"](full[:H, :W].numpy())[..., :3])
+        ax.imshow((grey + (heat - grey) * full[:H, :W, None].clamp(max=.9)).clamp(0, 1), extent=extent)
+        ax.plot(*point.tolist(), "o", ms=7, mfc="cyan", mec="black")
+        ax.add_patch(plt.Rectangle((x, y), C.shape[1], C.shape[0], fill=False, ec="grey", ls=":"))
+    axes[2, 0].set_title("picture A: two points on one cell ...", fontsize=11, loc="left")
+    axes[2, 2].set_title("... others, and what they say (dotted: the head's window)", fontsize=11, loc="left")
+    # The greedy algorithm, step by step.
+    good = [i for i, t in enumerate(trace) if t["added"]]
+    steps = [good[round(f * (len(good) - 1))] for f in (0, .15, .4, .7, 1)]
+    semantic = model.semantic(features).float()
+    stuff = F.interpolate(semantic, scale_factor=model.stride, mode="bilinear")[0, :, :H, :W].argmax(0) == 0
+    for ax, stop in zip(axes[3], [*steps, len(trace) - 1]):
+        known, here = torch.zeros(H, W, dtype=torch.int64), [t for t in trace[:stop + 1]]
+        for k, t in enumerate([t for t in here if t["added"]]):
+            (x, y), m = t["corner"], t["mask"]
+            m = m[:H - y, :W - x]
+            known[y:y + m.shape[0], x:x + m.shape[1]][m & (known[y:y + m.shape[0], x:x + m.shape[1]] == 0)] = k + 1
+        show = draw_instances(sample.image, known)
+        show[(known == 0) & ~stuff] = .6
+        ax.imshow(show, extent=extent)
+        points, kept = trace[stop]["points"], trace[stop]["kept"]
+        ax.plot(*points.T, "o", ms=4, mfc="white", mec="black")
+        ax.plot(*points[kept], "o", ms=8, mfc="lime" if trace[stop]["added"] else "red", mec="black")
+        ax.set_title(f"round {stop + 1}: {int(known.max())} cells", fontsize=11)
+    axes[3, 0].set_ylabel("grey: unknown")
+    for ax in axes.flat:
+        ax.set_xticks([]), ax.set_yticks([])
+    wide = lower.subplots(1, 2)
+    q = segment_panoptic(model, large.image)
+    found, n, false = found_and_false(labels(q), large.segments, large.categories)
+    wide[0].imshow(large.image.permute(1, 2, 0).numpy())
+    wide[0].set_title(f"{large.image.shape[2]} x {large.image.shape[1]} pixels, trained on {W} x {H}")
+    wide[1].imshow(draw_instances(large.image, labels(q)))
+    wide[1].set_title(f"{found} of {n} found, {false} false")
+    for ax in wide:
+        ax.axis("off")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    fig.savefig(path, dpi=75)
+    plt.close(fig)
+
+
+def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adaptis.png", pictures=200):
+    """Train for `seconds` (300, or 3000 with `full`) or take `weights`; print Table 1, the larger pictures, and draw.
+
+    The schedule follows the clock: Adam, a rate that rises to 2e-3 in the first 3% and falls to 0 as a cosine does, steps of 8
+    pictures with 6 points.  The pictures are new ones at every step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = device.type == "cuda" or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported())
+    train, test = OverlappingCells(10**9, seed=1), OverlappingCells(2000, seed=0)
+
+    def fit(model, seconds, batch=8, top=2e-3):
+        optimiser, begin, taken, said = torch.optim.Adam(model.parameters(), top), time.time(), 0, -1
+        while (share := (time.time() - begin) / seconds) < 1:
+            optimiser.param_groups[0]["lr"] = top * min(1, share / .03 + .02) * (1 + math.cos(math.pi * share)) / 2
+            samples = [train[i] for i in range(taken, taken + batch)]
+            targets = [Sample(None, *(v.to(device) for v in (s.segments, s.categories, s.crowd)), "") for s in samples]
+            images = torch.stack([s.image for s in samples]).to(device, memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                losses = model.losses(images, targets)
+            optimiser.zero_grad()
+            sum(losses.values()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.)
+            optimiser.step()
+            taken += batch
+            if int(share * 10) > said:
+                said = int(share * 10)
+                print(f"{time.time() - begin:5.0f} s  {taken:6d} pictures  " + "  ".join(f"{k} {v.item():.3f}" for k, v in losses.items()), flush=True)
+        print(f"trained on {taken} pictures in {seconds} s: {taken / seconds:.0f} a second")
+        return model
+
+    def recall(model, dataset, count, metric=None):
+        """Found, objects and false over pictures 0..count - 1, and the seconds they took."""
+        total, begin = [0, 0, 0], time.time()
+        for i in range(count):
+            s = dataset[i]
+            p = predict(model, s.image)
+            masks = p.instances["masks"].cpu()
+            labels = (masks * torch.arange(1, len(masks) + 1)[:, None, None]).sum(0)
+            total = [a + b for a, b in zip(total, found_and_false(labels, s.segments, s.categories))]
+            if metric is not None:
+                metric.update(masks, p.instances["scores"].cpu(), p.instances["categories"].cpu(), s.segments, s.categories, isthing=[False, True])
+        return *total, time.time() - begin
+
+    def predict(model, image):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            return model.predict(image.to(device))
+
+    torch.manual_seed(0)
+    if weights is None:
+        seconds = seconds or (3000 if full else 300)
+        print(f"training on {device.type} for {seconds} s, {sum(p.numel() for p in toy_model().parameters()) / 1e6:.2f}M weights", flush=True)
+        model = fit(toy_model().to(device, memory_format=torch.channels_last).train(), seconds).eval()
+        os.makedirs("runs", exist_ok=True)
+        torch.save({"model": model.state_dict()}, "runs/adaptis.pt")
+    else:
+        model = load(weights).to(device)
+    try:
+        from pq import AveragePrecision
+        metric = AveragePrecision(2, (.5, .7, .8, .9))
+    except ImportError:
+        metric = None
+        print("no AP: pq.py is not beside this file")
+    found, objects, false, spent = recall(model, test, pictures, metric)
+    if metric is not None:
+        print(f"\nTable 1, {pictures} test pictures    AP@.5  AP@.7  AP@.8  AP@.9\n"
+              "paper: Mask R-CNN              74.6   59.4   43.8    5.8\n"
+              "paper: AdaptIS, 140 epochs     99.6   99.2   98.8   97.5\n"
+              "here:  AdaptIS              " + "".join(f"{v:7.1f}" for v in metric.compute()["per_threshold"].values()))
+    base = found / objects
+    print(f"\n{'pictures':34s}   found of cells   recall  false   a picture\n"
+          f"{pictures:3d} of 96x96 {'':23s}{found:8d} {objects:8d}   {base:6.1%} {false:6d}   {spent / pictures:5.2f} s", flush=True)
+    whole, cut = toy_model(window=None), toy_model(window=None, threshold=.75)
+    for other in (whole, cut):
+        other.load_state_dict(model.state_dict()), other.eval().to(device)
+    forward = cut.selection.forward
+
+    def around(features, points, shared=None, corners=None, half=48):
+        """The authors' remedy: statistics of the whole map, but no mask beyond a square around its point."""
+        logits, corners = forward(features, points, shared, corners)
+        y, x = (torch.arange(n, device=logits.device) + .5 for n in logits.shape[1:])
+        at = points.flatten(0, 1)
+        inside = ((x - at[:, :1]).abs() < half)[:, None] & ((y - at[:, 1:]).abs() < half)[:, :, None]
+        return logits.masked_fill(~inside, -20), corners
+    cut.selection.forward = around
+    for name, other, size, count in (("window", model, 192, 8), ("whole map", whole, 192, 8), ("whole map, cut, T .75", cut, 192, 8),
+                                     ("window", model, 384, 4), ("whole map", whole, 384, 1), ("whole map, cut, T .75", cut, 384, 1))[:None if full else 4]:
+        times = (size // 96) ** 2
+        found, objects, false, spent = recall(other, OverlappingCells(count, size, (8 * times, 22 * times), seed=2), count)
+        print(f"{f'{count} of {size}x{size}, {name}':34s}{found:8d} {objects:8d}   {found / objects:6.1%} {false:6d}   {spent / count:5.2f} s"
+              f"   {found / objects / base:.3f} of 96x96", flush=True)
+    if authors:
+        from PIL import Image
+        truth = torch.from_numpy(np.array(Image.open(os.path.join(authors, "700_sample_gt.png"))).astype(np.int64))
+        for kind in ("clear", "noisy"):
+            image = torch.from_numpy(np.array(Image.open(os.path.join(authors, f"700_sample_{kind}.jpg")))).permute(2, 0, 1).float() / 255
+            p = predict(model, image)
+            labels = (p.instances["masks"].cpu() * torch.arange(1, len(p.instances["scores"]) + 1)[:, None, None]).sum(0)
+            found, objects, false = found_and_false(labels, truth + 1, torch.cat([torch.zeros(1), torch.ones(int(truth.max()))]).long())
+            print(f"{f'the authors 700 cells, {kind}':34s}{found:8d} {objects:8d}   {found / objects:6.1%} {false:6d}")
+    if out:
+        with torch.no_grad():
+            draw(out, model.cpu(), test[0], [test[i] for i in (3, 5, 8, 11, 14)], OverlappingCells(1, 384, (128, 352), seed=2)[0])
+        print(f"wrote {out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="train ten times as long, and the whole table of larger pictures")
+    parser.add_argument("--seconds", type=float, help="of training (default 300)")
+    parser.add_argument("--weights", metavar="FILE", help="do not train, take these: runs/adaptis.pt, or last.pt of train.py --dataset cells")
+    parser.add_argument("--authors", metavar="FOLDER", help="also try 700_sample_clear.jpg, _noisy.jpg, _gt.png of the authors' repository")
+    parser.add_argument("--click", metavar="FILE", help="open a window on a picture file, or on that picture of OverlappingCells if it is a number")
+    args = parser.parse_args(argv)
+    try:
+        if args.click is None:
+            return demo(args.full, args.seconds, args.weights, args.authors)
+        if args.click.isdigit():
+            image = OverlappingCells(10**9)[int(args.click)].image
+        else:
+            from PIL import Image
+            try:
+                image = torch.from_numpy(np.array(Image.open(args.click).convert("RGB"))).permute(2, 0, 1).float() / 255
+            except OSError as e:
+                raise ValueError(f"{args.click} cannot be read as a picture ({e}); give a PNG or JPEG file, or a number") from e
+        with torch.no_grad():
+            click_window(load(args.weights or "runs/adaptis.pt"), image)
+        import matplotlib.pyplot as plt
+        plt.show()
+    except ValueError as e:
+        print("adaptis.py:", e, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -645,16 +645,25 @@ def save_state(path, model, optimiser, step, args, categories, world, seconds=0.
 
 def open_log(path, begin):
     """log.csv as a function (step, losses, rate, images a second); lines beyond a resumed run's first step are dropped."""
-    old = [r for r in csv.reader(open(path))] if path.exists() and begin else []
-    rows = old[:1] + [r for r in old[1:] if int(r[0]) <= begin]
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows(rows)
+    rows = [r for r in csv.DictReader(open(path)) if int(r["step"]) <= begin] if path.exists() and begin else []
+
+    def write(rows, columns):
+        with open(path, "w", newline="") as f:
+            out = csv.DictWriter(f, columns, restval="")
+            out.writeheader()
+            out.writerows(rows)
+    columns = list(rows[0]) if rows else []
+    write(rows, columns) if rows else path.unlink(missing_ok=True)
 
     def log(step, losses, lr, speed):
+        nonlocal columns
+        row = {"step": step, **{k: f"{v:.6g}" for k, v in losses.items()}, "lr": f"{lr:.6g}", "images_per_second": f"{speed:.3g}"}
+        if not set(row) <= set(columns):               # the first line, or another stage with losses of its own: more columns
+            old = list(csv.DictReader(open(path))) if columns else []
+            columns = [*columns[:-3], *(k for k in row if k not in columns[:-3])] if columns else list(row)
+            write(old, columns)
         with open(path, "a", newline="") as f:
-            if f.tell() == 0:
-                csv.writer(f).writerow(["step", *losses, "lr", "images_per_second"])
-            csv.writer(f).writerow([step, *(f"{v:.6g}" for v in losses.values()), f"{lr:.6g}", f"{speed:.3g}"])
+            csv.DictWriter(f, columns, restval="").writerow(row)
     return log
 
 
@@ -663,7 +672,8 @@ def draw_curves(folder):
     rows = list(csv.DictReader(open(folder / "log.csv")))
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name in [k for k in (rows[0] if rows else {}) if k not in ("step", "lr", "images_per_second")]:
-        ax.semilogy([int(r["step"]) for r in rows], [max(float(r[name]), 1e-6) for r in rows], label=name, lw=2.5 if name == "total" else 1.2)
+        known = [r for r in rows if r[name]]             # stages have losses of their own
+        ax.semilogy([int(r["step"]) for r in known], [max(float(r[name]), 1e-6) for r in known], label=name, lw=2.5 if name == "total" else 1.2)
     ax.set(xlabel="step", ylabel="loss, mean of an interval")
     ax.legend(ncols=2, fontsize=8)
     ax.grid(alpha=0.3)

@@ -272,7 +272,73 @@ def scales():
               f"sigma median {sigma.median():.2f}, mean {sigma.mean():.2f}, at its upper limit {(sigma > 1.2499).float().mean():.0%}")
 
 
-SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales}
+def draw_cells(first):
+    """Seconds that one process takes to draw 300 pictures of cells."""
+    from adaptis import OverlappingCells
+    torch.set_num_threads(1)
+    dataset, start = OverlappingCells(10**6, seed=1), time.perf_counter()
+    for i in range(first, first + 300):
+        dataset[i]
+    return time.perf_counter() - start
+
+
+def adaptis():
+    """AdaptIS on cells: backbone and head apart, at two sizes; training and drawing of pictures on two cores."""
+    import multiprocessing
+    from adaptis import OverlappingCells, segment_panoptic, toy_model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "two threads of a CPU"
+    fast = device.type == "cuda" or (hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported())
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    print(f"on {name}, {'bf16' if fast else 'float32'}; a head on 64x64 pixels, seven points at once")
+
+    def timed(function):
+        def run():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return 1e3 * best(run)
+    model = toy_model().to(device, memory_format=torch.channels_last).eval()
+    for size in (96, 384):
+        image = OverlappingCells(1, size, (8 * (size // 96) ** 2, 22 * (size // 96) ** 2))[0].image.to(device)[None].contiguous(memory_format=torch.channels_last)
+        features = model.encoder(image)
+        shared, points = model.selection.share(features), torch.rand(1, 7, 2, device=device) * size
+        backbone, once = timed(lambda: model.encoder(image)), timed(lambda: model.selection.share(features))
+        head, again = timed(lambda: model.selection(features, points, shared)), timed(lambda: model.selection(features, points))
+        model.selection.window, window = None, model.selection.window
+        whole = timed(lambda: model.selection(features, points, shared))
+        model.selection.window = window
+        picture = timed(lambda: segment_panoptic(model, image[0]))
+        print(f"{size}x{size}: backbone {backbone:6.2f} ms a picture, the head's shared layer {once:5.2f} ms a picture, head {head / 7:5.2f} ms a point\n"
+              f"         without sharing {again / 7:5.2f} ms a point, on the whole map {whole / 7:6.2f} ms a point; "
+              f"segment_panoptic {picture:.0f} ms (weights untrained)")
+    model.train()
+    optimiser, data = torch.optim.Adam(model.parameters(), 1e-3), OverlappingCells(10**6, seed=1)
+    samples = [data[i] for i in range(8)]
+    for s in samples:
+        s.segments, s.categories, s.crowd = s.segments.to(device), s.categories.to(device), s.crowd.to(device)
+    images = torch.stack([s.image for s in samples]).to(device, memory_format=torch.channels_last)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            loss = sum(model.losses(images, samples).values())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    trained = 8 / best(step, 20)
+    print(f"training                     {trained:8.0f} pictures a second (steps of 8 pictures with 6 points each)")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(draw_cells, [0, 300])
+        drawn = 600 / max(pool.map(draw_cells, [600, 900]))
+    print(f"drawing, two processes       {drawn:8.0f} pictures a second, {drawn / trained:.1f} times as many (bar on two cores: 10)")
+    assert device.type == "cuda" or drawn >= 10 * trained
+
+
+SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales, "adaptis": adaptis}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

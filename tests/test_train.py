@@ -1,6 +1,7 @@
 """The trainer's promises: it resumes bit for bit, shares its work among processes, loses nothing, and says what is wrong.
 
 Everything runs on pictures made here, with a network of a few thousand weights; what it learns is in the slow tests."""
+import csv
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import adaptis
 import cabb_loss
 import data
 import isus
@@ -309,6 +311,98 @@ def test_stages_whose_shares_do_not_round_still_fill_the_run(tmp_path, monkeypat
     monkeypatch.setitem(train.METHODS, "seamless", build)
     call(*SMALL, "--steps", 4, "--eval-count", 1, "--out", tmp_path / "run")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 4
+
+
+CELLS = "--dataset cells --batch 2 --scenes 6 --eval-count 2 --interval 2 --workers 0 --threads 1 --precision float32 --device cpu".split()
+
+
+def test_cells_resume_bit_for_bit_and_keep_one_curve(tmp_path):
+    """6 steps are 3 and a resume of 3; curve.csv has Table 1's columns and each step once; evaluation on the way changes nothing."""
+    call(*CELLS, "--steps", 6, "--eval-every", 2, "--out", tmp_path / "whole")
+    call(*CELLS, "--steps", 6, "--eval-every", 2, "--stop-at", 3, "--out", tmp_path / "half")
+    call("--resume", tmp_path / "half")
+    call(*CELLS, "--steps", 6, "--out", tmp_path / "plain")
+    whole, half, plain = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "half", "plain"))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, half["model"][name]) and torch.equal(value, plain["model"][name]), name
+    curves = [list(csv.reader(open(tmp_path / n / "curve.csv"))) for n in ("whole", "half")]
+    assert curves[0][0] == ["step", "minutes", "PQ", "AP", "AP50", "AP70", "AP80", "AP90"]
+    assert [r[0] for r in curves[0]] == [r[0] for r in curves[1]] == ["step", "2", "4", "6"]
+    assert [r[2:] for r in curves[0]] == [r[2:] for r in curves[1]]
+    assert half["seconds"] > 0 and not (tmp_path / "plain" / "curve.csv").exists()
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert float(curves[0][-1][4]) == pytest.approx(metrics["AP_mask"]["AP50"], abs=0.006)
+
+
+def test_adaptis_trains_its_proposals_last_and_logs_the_losses_of_both_stages(tmp_path):
+    """On the pyramid, with the backbone frozen in the second stage; a resume in the middle of it gives the same weights."""
+    quick = [*SMALL, "--method", "adaptis", "--point-window", 64, 96, "--steps", 6, "--proposal-share", 0.5, "--eval-count", 1, "--interval", 1]
+    call(*quick, "--out", tmp_path / "whole")
+    for stop in (3, 4):
+        call(*(quick if stop == 3 else ()), *(("--out", tmp_path / "parts") if stop == 3 else ("--resume", tmp_path / "parts")), "--stop-at", stop)
+        if stop == 3:
+            first = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["model"]
+    call("--resume", tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("whole", "parts"))
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+        assert torch.equal(value, first[name]) or name.startswith("proposal"), name          # batch norm's statistics stand still, too
+    assert any(not torch.equal(v, first[n]) for n, v in whole.items() if n.startswith("proposal"))
+    rows = list(csv.DictReader(open(tmp_path / "parts" / "log.csv")))
+    assert [bool(r["mask"]) for r in rows] == [bool(r["semantic"]) for r in rows] == [True] * 3 + [False] * 3
+    assert [bool(r["proposal"]) for r in rows] == [False] * 3 + [True] * 3 and all(float(r["lr"]) > 0 for r in rows)
+
+
+def test_the_adaptis_recipes_are_the_papers():
+    """Sections 6 and 7: T, R, K, crops, scales, rates, epochs; the window of the head is the crop."""
+    city = train.settings({"method": "adaptis", "dataset": "cityscapes"})
+    assert (city["threshold"], city["radius"], city["points"], city["crop"], city["point_window"], city["batch"]) == (.4, 280, 6, [400, 800], [400, 800], 8)
+    assert (city["lr"], city["lr_body"], city["scale"], city["body"], city["sampler"]) == (1e-4, 5e-5, [.2, 1.2], "resnet50", "uniform")
+    first = city["steps"] * (1 - city["proposal_share"])
+    assert first == pytest.approx(260 * 2975 / 8, rel=1e-3) and city["drops"] == [240 / 260, 255 / 260] and city["flip_test"]
+    coco, mapillary, cells = (train.settings({"method": "adaptis", "dataset": d}) for d in ("coco", "mapillary", "cells"))
+    assert (coco["threshold"], coco["points"], coco["crop"], coco["short_side"], coco["batch"]) == (.35, 8, [544, 544], 600, 16)
+    assert [600 * s for s in coco["scale"]] == pytest.approx([350, 700]) and mapillary["threshold"] == .35
+    assert [2000 * s for s in mapillary["scale"]] == pytest.approx([500, 2200]) and mapillary["batch"] == 8
+    assert cells["method"] == train.settings({"dataset": "cells"})["method"] == "adaptis" and cells["per_round"] == 7
+    assert cells["steps"] * cells["batch"] == 140 * 10000 and cells["scenes"] == 10000 and cells["short_side"] == 0
+    peer = train.settings({"dataset": "cells", "method": "maskrcnn"})
+    assert peer["short_side"] == 4 * 96 and peer["drops"] == [35 / 55, 45 / 55] and peer["steps"] * peer["batch"] == 55 * 10000
+    assert train.settings({})["method"] == "seamless" and "radius" not in train.settings({})
+
+
+def test_the_flags_of_adaptis_reach_the_network():
+    """The ablation's loss and coordinates, T, R, window, points; and the file's own toy network reads the trainer's weights."""
+    def build(**flags):
+        return train.build_adaptis(adaptis.OverlappingCells.categories, train.settings({"dataset": "cells", **flags}))
+    for flag, loss in (("nfl", adaptis.normalized_focal_loss), ("focal", adaptis.focal_loss), ("bce", adaptis.binary_cross_entropy)):
+        assert build(mask_loss=flag).loss is loss
+    assert build(coordinates=False).selection.place is None and build().selection.place is not None
+    model = build(threshold=.6, radius=20., point_window=[32, 48], points=3, per_round=5, patience=4, min_area=9, flip_test=True)
+    assert (model.threshold, model.selection.relative.radius, model.selection.window, model.points) == (.6, 20, [32, 48], 3)
+    assert (model.per_round, model.patience, model.min_area, model.flip, model.proposal) == (5, 4, 9, True, None)
+    toy = adaptis.toy_model()
+    toy.load_state_dict(build().state_dict())
+    assert toy.selection.window == (64, 64) and tuple(build().selection.window) == (64, 64) and toy.selection.relative.radius == 48
+
+
+def test_the_fused_map_is_the_sum_of_the_levels_up_to_stride_32():
+    """AdaptIS's one map: stride 4, coarser levels enlarged bilinearly; levels beyond stride 32 are left out."""
+    maps = {s: torch.randn(1, 3, -(-64 // s), -(-96 // s)) for s in (4, 8, 16, 32, 64)}
+    class Body(torch.nn.Module):
+        channels = 3
+        def forward(self, images):
+            return maps
+    fused = train.Fused(Body())
+    wanted = maps[4] + sum(torch.nn.functional.interpolate(maps[s], (16, 24), mode="bilinear") for s in (8, 16, 32))
+    assert fused.stride == 4 and fused.channels == 3 and torch.allclose(fused(None), wanted, atol=1e-6)
+
+
+def test_mask_rcnn_sees_cells_enlarged_four_times_and_answers_at_their_size(tmp_path, capsys):
+    """Table 1's peer, by the same command; the four columns are printed."""
+    call(*CELLS, "--method", "maskrcnn", "--steps", 1, "--out", tmp_path, "--width", 16, "--body", "tiny", "--rois", 16, "--proposals", 20)
+    assert "mask AP at an IoU of .5" in capsys.readouterr().out
+    assert np.array(Image.open(next((tmp_path / "predictions").glob("*.png")))).shape[:2] == (96, 96)
 
 
 def test_real_data_sets_train_and_score_at_native_size(cityscapes, tmp_path):
