@@ -84,7 +84,7 @@ class OverlappingCells:
     on (seed, i) alone, so that nothing needs to be stored.  [i] -> Sample: segment 1 is the ground (stuff), then the cells.
 
     Choice: a cell of which fewer than 30 pixels show is no object; its pixels are void, for they are not ground either.
-    Choice: cells are 20 to 45 pixels long, 7 to 11.5 wide and lie wholly inside, as those of the authors' pictures."""
+    Choice: cells are 18 to 47 pixels long, 6 to 11 wide and lie wholly inside, as those of the authors' pictures."""
     categories = [Category("ground", False, (235, 235, 235)), Category("cell", True, (220, 30, 60))]
     BODY, RIM = np.array([[252, 10, 50], [60, 8, 175]], np.float32)[..., None, None] / 255      # colours of the authors' pictures
     REACH, SMALLEST = 25, 30                              # pixels from a cell's centre to its end, at most; to be an object
@@ -92,7 +92,7 @@ class OverlappingCells:
     def __init__(self, length, size=96, count=(8, 22), seed=0, augment=True):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         if min(self.height, self.width) < 2 * self.REACH or not 0 <= count[0] <= count[1]:
-            raise ValueError(f"size {size}, count {count}: cells are up to 45 pixels long, so a side of at least {2 * self.REACH} "
+            raise ValueError(f"size {size}, count {count}: cells are up to 47 pixels long, so a side of at least {2 * self.REACH} "
                              "pixels is needed, and count is (fewest, most)")
         self.length, self.count, self.seed, self.augment = length, count, seed, augment
 
@@ -102,7 +102,7 @@ class OverlappingCells:
     def cells(self, random):
         """Draw them -> centres [n, 2], angles, lengths and widths [n]."""
         n = int(random.integers(self.count[0], self.count[1] + 1))
-        length, width, angle = random.uniform(20, 45, n), random.uniform(7, 11.5, n), random.uniform(0, np.pi, n)
+        length, width, angle = random.uniform(18, 47, n), random.uniform(6, 11, n), random.uniform(0, np.pi, n)
         twin, mirrored = random.random(n) < 0.25, random.random(n) < 0.5
         place, apart, turn = random.random((n, 2)), random.normal(0, 1.5, (n, 2)), random.normal(0, 0.12, n)
         for k in np.flatnonzero(twin[1:]) + 1:
@@ -328,7 +328,7 @@ class UNet(nn.Module):
     Choice: the text says no more than "U-Net".  This one starts by folding 2x2 pixels into channels, which keeps every
     bit of detail and saves three quarters of the work; `widths` are the channels at strides 2, 4, 8, 16."""
 
-    def __init__(self, widths=(32, 32, 64, 64), channels=32, stride=2):
+    def __init__(self, widths=(32, 64, 96, 128), channels=32, stride=2):
         super().__init__()
         self.stride, self.channels, self.multiple = stride, channels, stride * 2 ** (len(widths) - 1)
         pairs = list(zip(widths, widths[1:]))
