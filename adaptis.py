@@ -405,7 +405,7 @@ def normalized_focal_loss(logits, masks, weight=None, gamma=2):
 def segment_instances(propose, unknown, threshold=.5, overlap=.5, per_round=7, patience=20, points=None, min_area=1,
                       generator=None, trace=None):
     """Section 4.  `propose(points [N, 2]) -> (C [N, h, w], corners [N, 2])` are the confidences in a window around each
-    point and its upper left pixel (outside of it C = 0); `unknown` bool [H, W] is where the map S starts as "unknown": all,
+    point and its upper left pixel, in the picture (outside of the window C = 0); `unknown` bool [H, W] is where the map S starts as "unknown": all,
     or all but the stuff -> labels int64 [H, W] (0: nobody), scores [n], the mean confidence over each final mask.
 
         repeat: take points on unknown pixels; M = [C > threshold]; of the round's masks keep the one that is surest
@@ -688,10 +688,14 @@ class AdaptIS(nn.Module):
         own = tuple(image.shape[1:])
         if size is None or tuple(size) == own:
             return p
-        # Nearest pixels, for ids must not mix.
+        # Nearest pixels, for ids must not mix; what shrinks to nothing is dropped.
         y, x = (((torch.arange(n, device=image.device) + .5) * old / n).long() for n, old in zip(size, own))
+        segments, n = p.segments[y[:, None], x], len(p.instances["scores"])
+        keep = torch.bincount(segments.flatten(), minlength=len(p.categories) + 1)[1:] > 0
         boxes = p.instances["boxes"] * p.scores.new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
-        return p._replace(segments=p.segments[y[:, None], x], instances=p.instances | dict(boxes=boxes, masks=p.instances["masks"][:, y[:, None], x]))
+        instances = {**p.instances, "boxes": boxes, "masks": p.instances["masks"][:, y[:, None], x]}
+        return Prediction(F.pad(keep.cumsum(0) * keep, (1, 0))[segments], p.categories[keep], p.scores[keep],
+                          {k: v[keep[:n]] for k, v in instances.items()})
 
 
 # --- 6 The toy problem as a whole ---------------------------------------------------------------------------------------

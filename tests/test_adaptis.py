@@ -6,7 +6,10 @@ A share of n draws with probability p may be off by five of its standard deviati
 """
 import itertools
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +70,7 @@ def label(segments, categories, crowd=None):
 # --- 6 Toy data: overlapping cells -----------------------------------------------------------------------------------------
 
 RIM, BODY = [np.asarray(c, float).reshape(3) for c in (OverlappingCells.RIM, OverlappingCells.BODY)]
+LENGTHS, WIDTHS = (18, 47), (6, 11)                                      # "Choice: cells are 18 to 47 pixels long, 6 to 11 wide"
 
 
 def slow_paint(h, w, centre, angle, length, width):
@@ -262,8 +266,8 @@ def test_the_number_of_cells_lies_within_count_and_both_ends_occur(count):
 
 
 def test_cells_have_the_sizes_of_the_authors():
-    """Choice: 20 to 45 pixels long, 7 to 11.5 wide, uniformly; directions are uniform."""
-    for values, low, high in zip([np.concatenate([c[k] for c in many_cells()]) for k in (2, 3)], (20, 7), (45, 11.5)):
+    """Choice: 18 to 47 pixels long, 6 to 11 wide, uniformly; directions are uniform."""
+    for values, (low, high) in zip([np.concatenate([c[k] for c in many_cells()]) for k in (2, 3)], (LENGTHS, WIDTHS)):
         assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.02 * (high - low)
         assert abs(values.std() - (high - low) / 12 ** 0.5) < 0.02 * (high - low)
@@ -389,7 +393,7 @@ def test_noise_stays_within_the_range_of_an_image():
 @pytest.mark.parametrize("kwargs", [dict(size=49), dict(size=(49, 96)), dict(size=(96, 49)), dict(count=(5, 4)),
                                     dict(count=(-1, 4))])
 def test_pictures_too_small_for_a_cell_are_refused(kwargs):
-    """A cell of 45 pixels needs a side of 50; count is (fewest, most)."""
+    """A cell of 47 pixels needs a side of 50; count is (fewest, most)."""
     with pytest.raises(ValueError):
         OverlappingCells(1, **kwargs)[0]
 
@@ -841,12 +845,11 @@ def test_one_pixel_is_an_object_and_no_points_are_no_points():
     assert points.shape == (0, 2) and ids.shape == (0,)
 
 
-@pytest.mark.parametrize("objects", [[], [2], [1, 2]])
+@pytest.mark.parametrize("objects", [[], [2], [1, 2], [3, 4], [1, 9], [9]])
 def test_there_is_no_point_on_an_object_that_does_not_show(objects):
     """No object, or one without a pixel: an error, not a point somewhere else."""
-    with pytest.raises((ValueError, IndexError, RuntimeError)):
-        for seed in range(20):
-            sample_points(blocks(4, 5, (0, 0, 2, 2)), torch.tensor(objects, dtype=torch.long), 4, seeded(seed))
+    with pytest.raises(ValueError):
+        sample_points(blocks(4, 5, (0, 0, 2, 2), (3, 3, 4, 4), (3, 3, 4, 5)), torch.tensor(objects).long(), 4, seeded(0))
 
 
 # --- Appendix A: normalized focal loss -----------------------------------------------------------------------------------------
@@ -1833,6 +1836,29 @@ def test_pictures_whose_size_is_no_multiple_of_the_stride(h, w, stride):
     assert torch.equal(classes, fine.argmax(0)) or torch.equal(classes, other.argmax(0))
 
 
+@pytest.mark.parametrize("w", [9, 10, 11, 12])
+def test_the_cells_of_a_mirrored_picture_lie_on_those_of_the_picture(w):
+    """With `flip` a picture whose width is no multiple of the stride is filled up before it is mirrored: an encoder that averages
+    each cell sees the same cells in both views, and a head that knows no left and right gives the same masks."""
+    classes = torch.zeros(8, w, dtype=torch.long)
+    classes[:, 5:] = 1
+    image = seen_as(classes, sure=0.99)
+    a, b = [segment_panoptic(planted([], stride=4, isthing=(False, False, True)), image, flip=flip) for flip in (False, True)]
+    assert torch.equal(a.segments, b.segments) and len(a.categories) == 2
+    m = lively(InstanceSelection(3, 4, width=4, blocks=1, window=(8, 8), radius=9, adains=1, coordinates=False))
+    for p in m.parameters():
+        if p.dim() == 4:
+            p.data = p.data.mean((2, 3), keepdim=True).expand_as(p).contiguous()
+    last = m.layers[-1]
+    last.weight.data[:], last.bias.data[:] = last.weight.data[:1], last.bias.data[:1]
+    found = []
+    for flip in (False, True):
+        model = planted([], stride=4, isthing=(False, True, True))
+        model.selection = m
+        found.append(segment_panoptic(model, image, flip=flip))
+    assert torch.equal(found[0].segments, found[1].segments) and torch.allclose(found[0].scores, found[1].scores, atol=1e-4)
+
+
 def test_things_of_an_odd_picture_keep_to_the_picture():
     """Masks of windows that hang over the edge: one instance in the last corner."""
     classes = torch.zeros(9, 11, dtype=torch.long)
@@ -1926,10 +1952,15 @@ def test_a_prediction_may_be_smaller_than_its_picture():
     for h, w in ((1, 1), (3, 4), (5, 7), (17, 3), (12, 32)):
         p = planted(masks).predict(seen_as(classes), (h, w))
         rows, cols = [min(11, int((i + 0.5) * 12 / h)) for i in range(h)], [min(15, int((j + 0.5) * 16 / w)) for j in range(w)]
-        assert torch.equal(p.segments, own.segments[rows][:, cols])
-        assert torch.equal(p.instances["masks"], own.instances["masks"][:, rows][:, :, cols])
-        assert torch.allclose(p.instances["boxes"], own.instances["boxes"] * torch.tensor([w / 16, h / 12, w / 16, h / 12]))
-        assert torch.equal(p.scores, own.scores) and torch.equal(p.categories, own.categories)
+        nearest = own.segments[rows][:, cols]
+        left = [k for k in range(1, len(own.categories) + 1) if (nearest == k).any()]       # what shrinks to nothing is dropped
+        assert torch.equal(p.segments, sum((nearest == k) * new for new, k in enumerate(left, 1)))
+        things = [k - 1 for k in left if k <= len(own.instances["scores"])]
+        assert torch.equal(p.instances["masks"], own.instances["masks"][things][:, rows][:, :, cols])
+        assert torch.allclose(p.instances["boxes"], own.instances["boxes"][things] * torch.tensor([w / 16, h / 12, w / 16, h / 12]))
+        assert p.scores.tolist() == [own.scores[k - 1] for k in left] and p.categories.tolist() == [own.categories[k - 1] for k in left]
+        assert torch.equal(p.instances["scores"], own.instances["scores"][things])
+        assert torch.equal(p.instances["categories"], own.instances["categories"][things])
 
 
 def test_predict_is_segment_panoptic_with_the_model_s_flip():
@@ -1959,11 +1990,10 @@ def test_the_backbone_runs_once_however_many_points_are_asked(flip):
 ISTHING = (False, True, True)
 
 
-def small(loss=normalized_focal_loss, seed=0, points=5, window=(8, 10), proposals=True, **kwargs):
+def small(loss=normalized_focal_loss, seed=0, points=5, window=(8, 10), proposals=True, stride=2, **kwargs):
     torch.manual_seed(seed)
-    return AdaptIS(torch.tensor(ISTHING), UNet((4, 4), 4), width=4, blocks=1, adains=1, window=window, radius=9, points=points,
-                   loss=loss,
-                   proposals=proposals, **kwargs)
+    return AdaptIS(torch.tensor(ISTHING), UNet((4, 4), 4, stride), width=4, blocks=1, adains=1, window=window, radius=9,
+                   points=points, loss=loss, proposals=proposals, **kwargs)
 
 
 class Spy:
@@ -2002,13 +2032,13 @@ def known_classes(target):
                           for j in range(w)] for i in range(h)])
 
 
-@pytest.mark.parametrize("h, w", [(16, 20), (15, 17)])
-def test_the_semantic_loss_is_the_cross_entropy_of_all_known_pixels(h, w):
+@pytest.mark.parametrize("h, w, stride", [(16, 20, 2), (15, 17, 2), (17, 21, 4)])
+def test_the_semantic_loss_is_the_cross_entropy_of_all_known_pixels(h, w, stride):
     """Section 5: jointly trained; void and crowds teach nothing; logits are bilinear between the cells' centres."""
-    m, images = small(), rand(2, 3, h, w)
+    m, images = small(stride=stride), rand(2, 3, h, w)
     targets = [street(0, h, w, crowd=True), street(1, h, w)]
     loss = m.losses(images, targets)["semantic"]
-    logits = F.interpolate(m.semantic(m.encoder(images)), scale_factor=2, mode="bilinear", align_corners=False)[:, :, :h, :w]
+    logits = F.interpolate(m.semantic(m.encoder(images)), scale_factor=stride, mode="bilinear", align_corners=False)[:, :, :h, :w]
     total, n = 0.0, 0
     for z, t in zip(logits.log_softmax(1), targets):
         for (i, j), c in zip(itertools.product(range(h), range(w)), known_classes(t).flatten().tolist()):
@@ -2017,12 +2047,13 @@ def test_the_semantic_loss_is_the_cross_entropy_of_all_known_pixels(h, w):
     assert abs(loss.item() - total / n) < 1e-4
 
 
-@pytest.mark.parametrize("h, w, window", [(16, 20, (8, 10)), (15, 17, (8, 10)), (15, 17, None), (6, 7, (8, 10))])
-def test_the_truth_of_a_mask_is_the_object_at_the_point_on_its_window(h, w, window):
+@pytest.mark.parametrize("h, w, window, stride", [(16, 20, (8, 10), 2), (15, 17, (8, 10), 2), (15, 17, None, 2),
+                                                  (6, 7, (8, 10), 2), (17, 21, (8, 12), 4), (17, 21, None, 4)])
+def test_the_truth_of_a_mask_is_the_object_at_the_point_on_its_window(h, w, window, stride):
     """Section 3: the network's output for (I, Q(x, y)) is compared to the mask of the object there; void, crowds
     and what lies beyond the picture are left out."""
     spy = Spy()
-    m = small(spy, window=window)
+    m = small(spy, window=window, stride=stride)
     calls = watch(m)
     targets = [street(0, h, w, crowd=True), street(1, h, w)]
     if h < 10:
@@ -2108,13 +2139,12 @@ def test_every_picture_gives_a_loss_and_every_parameter_a_gradient(kind):
 
 
 def test_a_picture_without_objects_adds_zero():
-    """The mask loss is the mean over all pictures' points, where those of a picture without objects count 0; its neighbour is not
-    disturbed."""
+    """The mask loss is the mean over the points of the pictures with objects; one without adds nothing to it."""
     m = small(Spy(2.0))
     empty = label(blocks(16, 20, (0, 0, 16, 20)), [0])
     both, half, none = [m.losses(rand(2, 3, 16, 20), t)["mask"].item()
                         for t in ([street(0), street(1)], [empty, street(1)], [empty, empty])]
-    assert abs(both - 2) < 1e-6 and none == 0 and min(abs(half - 1), abs(half - 2)) < 1e-6
+    assert abs(both - 2) < 1e-6 and none == 0 and abs(half - 2) < 1e-6
 
 
 def test_void_and_crowd_pixels_do_not_matter_to_the_mask_loss():
@@ -2235,8 +2265,8 @@ def test_the_best_fifth_of_the_points_are_positive(seed, count, best, positive):
 
 
 def test_iou_counts_what_is_wrongly_claimed_too():
-    """IoU = intersection / union: points whose masks cover the object and the rest of the picture are the worst, although they
-    miss nothing."""
+    """IoU = intersection / union: points whose masks cover more than the object are worse here than those of three quarters
+    of it, although they miss nothing."""
     target = label(blocks(8, 40, (0, 0, 8, 40), (2, 2, 6, 34)), [0, 1])
 
     class Greedy(Maps):
@@ -2244,17 +2274,36 @@ def test_iou_counts_what_is_wrongly_claimed_too():
             out = torch.full((points.shape[1], 8, 40), -9.0)
             for n, (x, y) in enumerate(points.reshape(-1, 2).tolist()):
                 self.asked.append((x, y))
-                if x < 8:
-                    out[n, 2:6, 2:26] = 9.0                                                                     # IoU .75
+                if x < 12:
+                    out[n, 2:6, 2:26] = 9.0                                                            # IoU 96 / 128 = .75
                 else:
-                    out[n, :, :] = 9.0                                                                   # IoU .4, recall 1
+                    out[n, 2:6, 2:34] = out[n, 6:, 2:26] = 9.0                              # IoU 128 / 176 = .73, recall 1
             return out, torch.zeros(len(out), 2, dtype=torch.long)
     for seed in range(3):
         torch.manual_seed(seed)
         _, grad, asked = proposal_labels(target.segments, target, Greedy())
-        good = sum(x < 8 for x, _ in asked)
-        assert ((grad < -1e-6).nonzero()[:, 1] < 8).all() or good < 10
-        assert (grad < -1e-6).any()
+        assert sum(x < 12 for x, _ in asked) >= 10 and (grad < -1e-6).any() and ((grad < -1e-6).nonzero()[:, 1] < 12).all()
+
+
+@pytest.mark.parametrize("logit, threshold, better", [(0.3, 0.5, True), (-0.3, 0.5, False), (1.0, 0.8, False), (-0.3, 0.4, True)])
+def test_masks_of_proposals_are_cut_at_the_models_threshold(logit, threshold, better):
+    """M = C > T: points on the left answer with the whole object at `logit`, the others surely with half of it."""
+    target = label(blocks(8, 40, (0, 0, 8, 40), (2, 2, 6, 34)), [0, 1])
+
+    class Faint(Maps):
+        def forward(self, features, points, shared=None, corners=None):
+            out = torch.full((points.shape[1], 8, 40), -9.0)
+            for n, (x, y) in enumerate(points.reshape(-1, 2).tolist()):
+                self.asked.append((x, y))
+                out[n, 2:6, 2:34 if x < 17 else 18] = logit if x < 17 else 9.0
+            return out, torch.zeros(len(out), 2, dtype=torch.long)
+    m = planted([], proposal=torch.zeros(8, 40), threshold=threshold)
+    m.selection = Faint()
+    m.proposal.scores = torch.zeros(8, 40, requires_grad=True)
+    torch.manual_seed(0)
+    loss = m.proposal_loss(torch.rand(1, 3, 8, 40), target.segments[None], [m.objects(target)])
+    columns = (torch.autograd.grad(loss, m.proposal.scores)[0] < -1e-6).nonzero()[:, 1]
+    assert len(columns) and ((columns < 17) == better).all()
 
 
 def test_void_does_not_count_in_the_iou_of_proposals():
@@ -2341,3 +2390,140 @@ def test_without_proposals_there_is_one_stage():
     assert {id(p) for g in stages[0][1] for p in g["params"]} == {id(p) for p in m.parameters()}
     assert set(m.losses(rand(1, 3, 16, 20), [street(0)])) == {"mask", "semantic"}
     assert small(proposal_share=0.1).stages()[1][3] == 0.1
+
+
+# --- The toy problem as a whole: counting, files, the window one clicks in ----------------------------------------------
+
+def test_found_and_false_against_a_plain_count():
+    """IoU above one half finds an object; an instance that finds none is false, unless more than half of it is void."""
+    g = torch.Generator().manual_seed(5)
+    for _ in range(40):
+        n, m = (int(torch.randint(0, 6, (), generator=g)) for _ in range(2))
+        truth = torch.randint(0, m + 2, (3, 3), generator=g).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        labels = torch.where(torch.rand(12, 12, generator=g) < .7, (truth * 7 + 1) % (n + 1), torch.randint(0, n + 1, (12, 12), generator=g))
+        categories = torch.cat([torch.zeros(1), (torch.rand(m, generator=g) < .8).float()]).long()       # segment 1 is ground
+        found = sum(any(2 * ((labels == i) & (truth == k)).sum() > ((labels == i) | (truth == k)).sum() for i in range(1, n + 1))
+                    for k in range(1, m + 2) if categories[k - 1] == 1)
+        objects = sum(int((truth == k).any()) for k in range(1, m + 2) if categories[k - 1] == 1)
+        false = 0
+        for i in range(1, n + 1):
+            mine = labels == i
+            hits = any(2 * (mine & (truth == k)).sum() > (mine | (truth == k)).sum() for k in range(1, m + 2) if categories[k - 1] == 1)
+            false += int(mine.any() and not hits and 2 * (mine & (truth == 0)).sum() <= mine.sum())
+        assert adaptis.found_and_false(labels, truth, categories) == (found, objects, false)
+
+
+def test_an_instance_half_on_void_is_false_and_one_pixel_more_makes_it_neither():
+    """The rule of the panoptic evaluation; and an IoU of exactly one half finds nothing."""
+    truth, labels = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2]]), torch.tensor([[1, 1, 1, 1, 0, 0, 2, 2]])
+    categories = torch.tensor([0, 1])
+    assert adaptis.found_and_false(labels, truth, categories) == (0, 1, 2)
+    labels[0, 3] = 0
+    assert adaptis.found_and_false(labels, truth, categories) == (0, 1, 1)
+    labels[0, 5] = 2
+    assert adaptis.found_and_false(labels, truth, categories) == (1, 1, 0)
+
+
+def test_the_toy_model_is_that_of_section_6():
+    """Ground and cell, no proposal branch (points are random), seven points a round, and what is smaller than an object is none."""
+    model = adaptis.toy_model()
+    assert model.isthing.tolist() == [False, True] and model.proposal is None and model.per_round == 7 and model.min_area == 30
+    assert model.selection.window == (64, 64) and model.selection.relative.radius == 48 and model.threshold == .5
+    assert adaptis.toy_model(window=None, threshold=.75).selection.window is None
+
+
+def test_load_reads_what_the_trainer_and_the_demo_write_and_names_what_it_cannot_read(tmp_path):
+    model = adaptis.toy_model()
+    torch.save({"model": model.state_dict(), "step": 3}, tmp_path / "last.pt")
+    read = adaptis.load(tmp_path / "last.pt")
+    assert not read.training and all(torch.equal(v, read.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="no such file"):
+        adaptis.load(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt"):
+        with pytest.raises(ValueError, match=f"{name} holds no weights"):
+            adaptis.load(tmp_path / name)
+
+
+@pytest.fixture
+def toy_with_squares():
+    """A toy model that answers every point with the 5x5 pixels around it, counting its backbone's and its head's runs."""
+    model = adaptis.toy_model().eval()
+    model.runs = {"backbone": 0, "head": 0}
+    encode = model.encoder.forward
+    def encoder(images):
+        model.runs["backbone"] += 1
+        return encode(images)
+    def head(features, points, shared=None, corners=None):
+        model.runs["head"] += 1
+        first, window = model.selection.corners(points[0], features.shape[-2:])
+        rows, cols = (torch.arange(2 * n) + .5 for n in window)
+        at = points[0] - 2 * first
+        near = ((rows - at[:, 1:]).abs() < 2.5)[:, :, None] & ((cols - at[:, :1]).abs() < 2.5)[:, None]
+        return torch.where(near, 3., -3.), 2 * first
+    model.encoder.forward, model.selection.forward = encoder, head
+    return model
+
+
+def click(figure, x, y, inside=True):
+    """A mouse click at the point (x, y) of the picture, as matplotlib's backends send it."""
+    from matplotlib.backend_bases import MouseEvent
+    figure.canvas.draw()
+    px, py = figure.axes[0].transData.transform((x, y)) if inside else (1, 1)
+    figure.canvas.callbacks.process("button_press_event", MouseEvent("button_press_event", figure.canvas, px, py, button=1))
+
+
+def test_a_click_paints_the_object_under_the_cursor(toy_with_squares):
+    """The mask of the clicked point is painted, another click adds another colour, the backbone runs once, clicks beside the picture do nothing."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = adaptis.click_window(toy_with_squares, torch.rand(3, 95, 131))                    # no multiple of the stride, wider than the window
+    ax = figure.axes[0]
+    overlay = ax.images[1]
+    assert overlay.get_array()[..., 3].sum() == 0
+    click(figure, 100.5, 40.5)
+    painted = np.asarray(overlay.get_array())
+    wanted = np.zeros((95, 131), bool)
+    wanted[38:43, 98:103] = True
+    assert np.array_equal(painted[..., 3] > 0, wanted) and "25 pixels" in ax.get_title() and "0.95" in ax.get_title()
+    click(figure, 130.5, 94.5)                                                          # the last pixel
+    both = np.asarray(overlay.get_array())
+    wanted[92:, 128:] = True
+    assert np.array_equal(both[..., 3] > 0, wanted) and not np.array_equal(both[94, 130], both[40, 100])
+    click(figure, 0, 0, inside=False)
+    assert np.array_equal(np.asarray(overlay.get_array()), both) and toy_with_squares.runs == {"backbone": 1, "head": 2}
+    plt.close(figure)
+
+
+def test_the_command_opens_the_window_on_a_number_or_a_file_and_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf().axes[0].images[0].get_array().shape[:2]))
+    torch.save({"model": adaptis.toy_model().state_dict()}, tmp_path / "toy.pt")
+    Image.fromarray(np.zeros((70, 80, 3), np.uint8)).save(tmp_path / "picture.png")
+    for file in ("7", tmp_path / "picture.png"):
+        adaptis.main(["--click", str(file), "--weights", str(tmp_path / "toy.pt")])
+    assert shown == [(96, 96), (70, 80)]
+    plt.close("all")
+    (tmp_path / "broken.png").write_text("x")
+    for words, text in ((["--click", str(tmp_path / "broken.png")], "broken.png cannot be read as a picture"),
+                        (["--click", "7", "--weights", str(tmp_path / "none.pt")], "none.pt: no such file; train a model first")):
+        with pytest.raises(SystemExit) as stop:
+            adaptis.main(words)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and text in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_file_stands_alone(tmp_path):
+    """It imports, answers --help and segments a picture in a folder without our other files."""
+    (tmp_path / "adaptis.py").write_text((Path(adaptis.__file__)).read_text())
+    code = "import torch, adaptis; print(adaptis.toy_model().eval().predict(adaptis.OverlappingCells(1)[0].image).segments.shape)"
+    for words in (["adaptis.py", "--help"], ["-c", code]):
+        run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    assert "96, 96" in run.stdout
