@@ -266,7 +266,8 @@ class InstanceSelection(nn.Module):
     Choice: the last layer gives stride^2 values for each cell, one per pixel (a pixel shuffle), so that masks are sharp
     although all work is done at the stride of the features.
     Choice: `blocks` layers of `width` channels after the first, and AdaIN after the first `adains` layers of all: the text
-    has no numbers.  Such a layer needs no batch norm: whatever a batch norm multiplies and adds, AdaIN takes out again."""
+    has no numbers.  Such a layer needs no batch norm: what a batch norm multiplies and
+    adds, AdaIN takes out again (but for a sign, which `scale` can carry)."""
 
     def __init__(self, channels, stride, width=32, blocks=3, window=None, radius=48, coordinates=True, adains=3):
         super().__init__()
@@ -762,12 +763,12 @@ def click_window(model, image):
     return fig
 
 
-def draw_instances(image, labels, seed=1):
-    """The picture [H, W, 3] with every instance in a colour of its own."""
+def draw_instances(image, labels, n=None, seed=1):
+    """The picture [H, W, 3] with every instance in a colour of its own; the same colours for the same `n`."""
     import matplotlib
-    n, random = int(labels.max()), np.random.default_rng(seed)
+    n, random = n or int(labels.max()), np.random.default_rng(seed)
     hues = matplotlib.colormaps["hsv"](random.permutation(np.linspace(0, 1, n, endpoint=False)))[:, :3] if n else np.zeros((0, 3))
-    colours = np.concatenate([[[1, 1, 1]], hues * random.uniform(.55, 1, (n, 1))])
+    colours = np.concatenate([[[1, 1, 1]], hues * random.uniform(.65, 1, (n, 1))])
     shade = image.mean(0).numpy()[..., None] * .35 + .65
     return np.clip(colours[labels.numpy()] * shade, 0, 1)
 
@@ -821,16 +822,17 @@ def draw(path, model, sample, more, large):
             (x, y), m = t["corner"], t["mask"]
             m = m[:H - y, :W - x]
             known[y:y + m.shape[0], x:x + m.shape[1]][m & (known[y:y + m.shape[0], x:x + m.shape[1]] == 0)] = k + 1
-        show = draw_instances(sample.image, known)
+        show = draw_instances(sample.image, known, len(good))
         show[(known == 0) & ~stuff] = .6
         ax.imshow(show, extent=extent)
         points, kept = trace[stop]["points"], trace[stop]["kept"]
         ax.plot(*points.T, "o", ms=4, mfc="white", mec="black")
         ax.plot(*points[kept], "o", ms=8, mfc="lime" if trace[stop]["added"] else "red", mec="black")
         ax.set_title(f"round {stop + 1}: {int(known.max())} cells", fontsize=11)
-    axes[3, 0].set_ylabel("grey: unknown")
+    axes[3, 0].set_ylabel("grey: unknown; the surest of the\nseven: green, added; red, refused", fontsize=9)
     for ax in axes.flat:
         ax.set_xticks([]), ax.set_yticks([])
+    fig.get_layout_engine().set(h_pad=.08)
     wide = lower.subplots(1, 2)
     q = segment_panoptic(model, large.image)
     found, n, false = found_and_false(labels(q), large.segments, large.categories)
