@@ -2392,6 +2392,21 @@ def test_without_proposals_there_is_one_stage():
     assert small(proposal_share=0.1).stages()[1][3] == 0.1
 
 
+def test_the_unet_pads_a_picture_to_whole_cells_of_its_coarsest_level_and_no_further():
+    """Levels at strides 2, 4, 8, 16: a picture that 16 divides is not padded, another one by its own last row and column."""
+    for widths, multiple in (((4, 4), 4), ((4, 4, 4), 8), ((4, 4, 4, 4), 16)):
+        torch.manual_seed(0)
+        net, seen = UNet(widths, 4).eval(), []
+        net.first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
+        image = rand(1, 3, 2 * multiple, 3 * multiple)
+        whole = net(image)
+        cut = net(image[..., :-1, :-2])
+        assert [tuple(s) for s in seen] == [(multiple, 3 * multiple // 2)] * 2
+        padded = torch.cat([image[..., :-1, :-2], image[..., :-1, -3:-2].expand(-1, -1, -1, 2)], 3)
+        padded = torch.cat([padded, padded[..., -1:, :]], 2)
+        assert torch.allclose(cut, net(padded)[..., :cut.shape[2], :cut.shape[3]], atol=1e-6) and whole.shape[2] == multiple
+
+
 # --- The toy problem as a whole: counting, files, the window one clicks in ----------------------------------------------
 
 def test_found_and_false_against_a_plain_count():
@@ -2492,8 +2507,11 @@ def test_a_click_paints_the_object_under_the_cursor(toy_with_squares):
     both = np.asarray(overlay.get_array())
     wanted[92:, 128:] = True
     assert np.array_equal(both[..., 3] > 0, wanted) and not np.array_equal(both[94, 130], both[40, 100])
+    click(figure, 20.5, 20.5)
+    both = np.asarray(overlay.get_array())
+    assert len({tuple(both[y, x]) for y, x in ((40, 100), (94, 130), (20, 20))}) == 3                  # a colour for each
     click(figure, 0, 0, inside=False)
-    assert np.array_equal(np.asarray(overlay.get_array()), both) and toy_with_squares.runs == {"backbone": 1, "head": 2}
+    assert np.array_equal(np.asarray(overlay.get_array()), both) and toy_with_squares.runs == {"backbone": 1, "head": 3}
     plt.close(figure)
 
 
