@@ -774,7 +774,7 @@ def draw_instances(image, labels, n=None, seed=1):
 
 
 def draw(path, model, sample, more, large):
-    """figures/adaptis.png: results; what single points say; the steps of the greedy algorithm; a larger picture."""
+    """The figure: results; what single points say; the steps of the greedy algorithm; a larger picture."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -834,6 +834,7 @@ def draw(path, model, sample, more, large):
         ax.set_xticks([]), ax.set_yticks([])
     fig.get_layout_engine().set(h_pad=.08)
     wide = lower.subplots(1, 2)
+    model.patience = 20 * large.image[0].numel() // (H * W)
     q = segment_panoptic(model, large.image)
     found, n, false = found_and_false(labels(q), large.segments, large.categories)
     wide[0].imshow(large.image.permute(1, 2, 0).numpy())
@@ -933,11 +934,13 @@ def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adap
     for name, other, size, count in (("window", model, 192, 8), ("whole map", whole, 192, 8), ("whole map, cut, T .75", cut, 192, 8),
                                      ("window", model, 384, 4), ("whole map", whole, 384, 1), ("whole map, cut, T .75", cut, 384, 1))[:None if full else 4]:
         times = (size // 96) ** 2
+        other.patience = 20 * times          # the last missing cell of a larger picture is met by fewer of its random points
         found, objects, false, spent = recall(other, OverlappingCells(count, size, (8 * times, 22 * times), seed=2), count)
         print(f"{f'{count} of {size}x{size}, {name}':34s}{found:8d} {objects:8d}   {found / objects:6.1%} {false:6d}   {spent / count:5.2f} s"
               f"   {found / objects / base:.3f} of 96x96", flush=True)
     if authors:
         from PIL import Image
+        model.patience = 20 * 16
         truth = torch.from_numpy(np.array(Image.open(os.path.join(authors, "700_sample_gt.png"))).astype(np.int64))
         for kind in ("clear", "noisy"):
             image = torch.from_numpy(np.array(Image.open(os.path.join(authors, f"700_sample_{kind}.jpg")))).permute(2, 0, 1).float() / 255
