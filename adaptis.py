@@ -932,7 +932,7 @@ def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adap
         return logits.masked_fill(~inside, -20), corners
     cut.selection.forward = around
     for name, other, size, count in (("window", model, 192, 8), ("whole map", whole, 192, 8), ("whole map, cut, T .75", cut, 192, 8),
-                                     ("window", model, 384, 4), ("whole map", whole, 384, 1), ("whole map, cut, T .75", cut, 384, 1))[:None if full else 4]:
+                                     ("window", model, 384, 12), ("whole map", whole, 384, 1), ("whole map, cut, T .75", cut, 384, 1))[:None if full else 4]:
         times = (size // 96) ** 2
         other.patience = 20 * times          # the last missing cell of a larger picture is met by fewer of its random points
         found, objects, false, spent = recall(other, OverlappingCells(count, size, (8 * times, 22 * times), seed=2), count)
