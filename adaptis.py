@@ -941,6 +941,8 @@ def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adap
     if authors:
         from PIL import Image
         model.patience = 20 * 16
+        found, objects, false, _ = recall(model, OverlappingCells(1, 384, (900, 900), seed=5, augment=False), 1)
+        print(f"{'as dense, our own, clear':34s}{found:8d} {objects:8d}   {found / objects:6.1%} {false:6d}")
         truth = torch.from_numpy(np.array(Image.open(os.path.join(authors, "700_sample_gt.png"))).astype(np.int64))
         for kind in ("clear", "noisy"):
             image = torch.from_numpy(np.array(Image.open(os.path.join(authors, f"700_sample_{kind}.jpg")))).permute(2, 0, 1).float() / 255
