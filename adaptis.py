@@ -50,6 +50,7 @@ VOID = -1                                                     # a pixel's catego
 
 
 class Category(NamedTuple):
+    """One of a data set's categories; its number is its place in `.categories`."""
     name: str
     isthing: bool
     colour: tuple                                             # RGB, 0..255
@@ -231,6 +232,13 @@ class RelativeCoordConv(nn.Module):
         return torch.stack([x[:, None].expand(-1, *size), y[:, :, None].expand(-1, *size)], 1)
 
 
+def window_places(corners, size, K):
+    """Which picture, row and column is each place of the windows of `size` with upper left `corners` [B K, 2], K a picture?
+    -> int64 [B K, 1, 1], [B K, height, 1], [B K, 1, width]: together the index of all windows at once."""
+    x, y = (corners[:, i, None] + torch.arange(n, device=corners.device) for i, n in ((0, size[1]), (1, size[0])))
+    return (torch.arange(len(corners), device=corners.device) // K)[:, None, None], y[:, :, None], x[:, None]
+
+
 class Controller(nn.Module):
     """Q [..., channels] -> the "characteristic vector": scale and shift [..., outputs] of an AdaIN, by "a few fully
     connected layers".  Choice: three of them, the hidden ones `hidden` wide."""
@@ -291,7 +299,7 @@ class InstanceSelection(nn.Module):
 
     def forward(self, features, points, shared=None, corners=None):
         """`shared` is `self.share(features)` where that is known already, `corners` (in cells) other windows than its own."""
-        B, K, (h, w) = *points.shape[:2], features.shape[-2:]
+        K, (h, w) = points.shape[1], features.shape[-2:]
         shared = self.share(features) if shared is None else shared
         scales, shifts = self.controller(bilinear(features, points, self.stride).flatten(0, 1))   # [B K, adains width]
         scales, shifts = scales.split(self.width, 1), shifts.split(self.width, 1)
@@ -299,9 +307,8 @@ class InstanceSelection(nn.Module):
         first, window = self.corners(points, (h, w))
         first = first if corners is None else corners
         # All windows by one look-up: the number of each of their cells among the B h w cells of the maps.
-        rows, cols = (first[:, i, None] + torch.arange(n, device=first.device) for i, n in ((1, window[0]), (0, window[1])))
-        picture = torch.arange(B, device=first.device).repeat_interleave(K)[:, None, None]
-        cells = (picture * h + rows[:, :, None]) * w + cols[:, None]                              # [B K, H, W]
+        picture, rows, cols = window_places(first, window, K)
+        cells = (picture * h + rows) * w + cols                                                   # [B K, height, width]
         x = shared.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cells.flatten()).unflatten(0, cells.shape).permute(0, 3, 1, 2)
         if self.place is not None:
             x = x + self.place(self.relative(points, first * self.stride, window).to(x.dtype).contiguous(memory_format=torch.channels_last))
@@ -406,8 +413,8 @@ def normalized_focal_loss(logits, masks, weight=None, gamma=2):
 def segment_instances(propose, unknown, threshold=.5, overlap=.5, per_round=7, patience=20, points=None, min_area=1,
                       generator=None, trace=None):
     """Section 4.  `propose(points [N, 2]) -> (C [N, h, w], corners [N, 2])` are the confidences in a window around each
-    point and its upper left pixel, in the picture (outside of the window C = 0); `unknown` bool [H, W] is where the map S starts as "unknown": all,
-    or all but the stuff -> labels int64 [H, W] (0: nobody), scores [n], the mean confidence over each final mask.
+    point and its upper left pixel, in the picture (outside of the window C = 0); `unknown` bool [H, W] is where the map S
+    starts as "unknown": all, or all but the stuff -> labels int64 [H, W] (0: nobody), scores [n], the mean confidence over each final mask.
 
         repeat: take points on unknown pixels; M = [C > threshold]; of the round's masks keep the one that is surest
                 (highest mean of C over M); if |M and S| / |M| < overlap: it is an object, and S grows by M
@@ -533,7 +540,7 @@ def segment_panoptic(model, image, flip=False, generator=None, trace=None):
     `flip` averages all probabilities with those of the mirrored picture, the paper's only augmentation at test time.
 
     Choice: a pixel that looks like a thing but belongs to no instance becomes void, as does stuff of fewer than
-    `model.stuff_area` pixels.  Random points come from a generator with seed 0 unless one is given: results repeat."""
+    `model.stuff_area` pixels; these count at 1024x2048 and are scaled with the picture's area.  Random points come from a generator with seed 0 unless one is given: results repeat."""
     H, W = image.shape[1:]
     s, isthing = model.stride, model.isthing
     image = F.pad(image[None], (0, -W % s, 0, -H % s), mode="replicate")             # whole cells, also after mirroring
@@ -541,6 +548,7 @@ def segment_panoptic(model, image, flip=False, generator=None, trace=None):
     for picture in [image, image.flip(-1)][:1 + flip]:
         features = model.encoder(picture)
         logits = [model.semantic(features)] + ([model.proposal(features)] if model.proposal else [])
+        # [1, C, h, w], [1, width, h, w], [1, classes, H, W] and, with the branch, [1, 1, H, W]; the last two enlarged to pixels
         views.append((features, model.selection.share(features), *(F.interpolate(v.float(), scale_factor=s, mode="bilinear") for v in logits)))
     probability, wanted = views[0][2].softmax(1), views[0][3].sigmoid() if model.proposal else None
     if flip:
@@ -570,7 +578,7 @@ def segment_panoptic(model, image, flip=False, generator=None, trace=None):
     categories = sums[1:].masked_fill(~isthing, -1).argmax(1)                                    # [n]
     stuff = torch.where((labels == 0) & ~isthing[semantic], semantic + 1, 0)                     # 0: none
     area = torch.bincount(stuff.flatten(), minlength=len(isthing) + 1)
-    shown = area >= max(model.stuff_area, 1)
+    shown = area >= max(model.stuff_area * H * W / (1024 * 2048), 1)
     shown[0] = False
     number = (n + shown.cumsum(0)) * shown
     segments = torch.where(labels > 0, labels, number[stuff])
@@ -613,10 +621,7 @@ class AdaptIS(nn.Module):
 
     def truth(self, segments, ids, corners, size):
         """Masks bool [N, h, w] of objects `ids` [B, K] on windows of `size` at `corners`, and where truth is known at all."""
-        B, K = ids.shape
-        rows, cols = (corners[:, i, None] + torch.arange(n, device=corners.device) for i, n in ((1, size[0]), (0, size[1])))
-        picture = torch.arange(B, device=corners.device).repeat_interleave(K)[:, None, None]
-        window = segments[picture, rows[:, :, None], cols[:, None]]
+        window = segments[window_places(corners, size, ids.shape[1])]                            # [N, h, w]
         return window == ids.flatten()[:, None, None], window > 0
 
     def losses(self, images, targets):
@@ -718,6 +723,11 @@ def load(path):
     return model.eval()
 
 
+def instance_map(prediction):
+    """The instances of a prediction as a map int64 [H, W], 0: nobody.  They are its first segments."""
+    return prediction.segments * (prediction.segments <= len(prediction.instances["scores"]))
+
+
 def found_and_false(labels, segments, categories):
     """Instances [H, W] (0: nobody) against a label -> (found, objects, false): objects of which an instance has an IoU above
     one half, which no two instances can have; instances that found nothing.  One that lies mostly on void is neither."""
@@ -781,17 +791,16 @@ def draw(path, model, sample, more, large):
     H, W = sample.image.shape[1:]
     trace = []
     p = segment_panoptic(model, sample.image, trace=trace)
-    labels = lambda p: (p.instances["masks"] * torch.arange(1, len(p.instances["scores"]) + 1)[:, None, None]).sum(0)       # noqa: E731
     fig = plt.figure(figsize=(14, 16.5), layout="constrained")
     upper, lower = fig.subfigures(2, 1, height_ratios=(3, 2))
     axes = upper.subplots(4, 6)
     extent = (0, W, H, 0)
     for i, s in enumerate([sample, *more]):
         q = p if i == 0 else segment_panoptic(model, s.image)
-        found, n, false = found_and_false(labels(q), s.segments, s.categories)
+        found, n, false = found_and_false(instance_map(q), s.segments, s.categories)
         axes[i // 3, i % 3 * 2].imshow(s.image.permute(1, 2, 0).numpy())
         axes[i // 3, i % 3 * 2].set_title(f"picture {'ABCDEF'[i]}", fontsize=11)
-        axes[i // 3, i % 3 * 2 + 1].imshow(draw_instances(s.image, labels(q)))
+        axes[i // 3, i % 3 * 2 + 1].imshow(draw_instances(s.image, instance_map(q)))
         axes[i // 3, i % 3 * 2 + 1].set_title(f"{found} of {n} found, {false} false", fontsize=11)
     # Six points: two on the same cell, and others.
     features = model.encoder(sample.image[None])
@@ -817,8 +826,8 @@ def draw(path, model, sample, more, large):
     semantic = model.semantic(features).float()
     stuff = F.interpolate(semantic, scale_factor=model.stride, mode="bilinear")[0, :, :H, :W].argmax(0) == 0
     for ax, stop in zip(axes[3], [*steps, len(trace) - 1]):
-        known, here = torch.zeros(H, W, dtype=torch.int64), [t for t in trace[:stop + 1]]
-        for k, t in enumerate([t for t in here if t["added"]]):
+        known = torch.zeros(H, W, dtype=torch.int64)
+        for k, t in enumerate([t for t in trace[:stop + 1] if t["added"]]):
             (x, y), m = t["corner"], t["mask"]
             m = m[:H - y, :W - x]
             known[y:y + m.shape[0], x:x + m.shape[1]][m & (known[y:y + m.shape[0], x:x + m.shape[1]] == 0)] = k + 1
@@ -836,10 +845,10 @@ def draw(path, model, sample, more, large):
     wide = lower.subplots(1, 2)
     model.patience = 20 * large.image[0].numel() // (H * W)
     q = segment_panoptic(model, large.image)
-    found, n, false = found_and_false(labels(q), large.segments, large.categories)
+    found, n, false = found_and_false(instance_map(q), large.segments, large.categories)
     wide[0].imshow(large.image.permute(1, 2, 0).numpy())
     wide[0].set_title(f"{large.image.shape[2]} x {large.image.shape[1]} pixels, trained on {W} x {H}")
-    wide[1].imshow(draw_instances(large.image, labels(q)))
+    wide[1].imshow(draw_instances(large.image, instance_map(q)))
     wide[1].set_title(f"{found} of {n} found, {false} false")
     for ax in wide:
         ax.axis("off")
@@ -883,11 +892,9 @@ def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adap
         for i in range(count):
             s = dataset[i]
             p = predict(model, s.image)
-            masks = p.instances["masks"].cpu()
-            labels = (masks * torch.arange(1, len(masks) + 1)[:, None, None]).sum(0)
-            total = [a + b for a, b in zip(total, found_and_false(labels, s.segments, s.categories))]
+            total = [a + b for a, b in zip(total, found_and_false(instance_map(p).cpu(), s.segments, s.categories))]
             if metric is not None:
-                metric.update(masks, p.instances["scores"].cpu(), p.instances["categories"].cpu(), s.segments, s.categories, isthing=[False, True])
+                metric.update(p.instances["masks"].cpu(), p.instances["scores"].cpu(), p.instances["categories"].cpu(), s.segments, s.categories, isthing=[False, True])
         return *total, time.time() - begin
 
     def predict(model, image):
@@ -947,8 +954,7 @@ def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adap
         for kind in ("clear", "noisy"):
             image = torch.from_numpy(np.array(Image.open(os.path.join(authors, f"700_sample_{kind}.jpg")))).permute(2, 0, 1).float() / 255
             p = predict(model, image)
-            labels = (p.instances["masks"].cpu() * torch.arange(1, len(p.instances["scores"]) + 1)[:, None, None]).sum(0)
-            found, objects, false = found_and_false(labels, truth + 1, torch.cat([torch.zeros(1), torch.ones(int(truth.max()))]).long())
+            found, objects, false = found_and_false(instance_map(p).cpu(), truth + 1, torch.cat([torch.zeros(1), torch.ones(int(truth.max()))]).long())
             print(f"{f'the authors 700 cells, {kind}':34s}{found:8d} {objects:8d}   {found / objects:6.1%} {false:6d}")
     if out:
         with torch.no_grad():
@@ -957,6 +963,7 @@ def demo(full=False, seconds=None, weights=None, authors=None, out="figures/adap
 
 
 def main(argv=None):
+    """The command line: exit code 2 and one sentence for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="train ten times as long, and the whole table of larger pictures")
     parser.add_argument("--seconds", type=float, help="of training (default 300)")
@@ -988,8 +995,8 @@ if __name__ == "__main__":
     main()
 
 # Exercises
-# 1. Give `toy_model` window=None, train again (--seconds 300) and read the table: the network learns 96x96 pictures as well or
-#    better, and what becomes of 192x192 and 384x384?  Print mean and variance in `AdaIN.forward` for both sizes to see why.
+# 1. Give `toy_model` window=None, train again (--seconds 300) and read the table: does it learn 96x96 pictures as well, and
+#    what becomes of 192x192 and 384x384?  Print mean and variance in `AdaIN.forward` for both sizes to see why.
 # 2. In `normalized_focal_loss` let the gradient flow through P (delete `.detach()`).  Which test notices, and what does the
 #    network learn now?  (What makes a fraction small?  A large denominator.)
 # 3. In `segment_instances` keep the first of the seven points instead of the surest: which tests fail, how many rounds does a

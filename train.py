@@ -78,7 +78,8 @@ RECIPES = {
 # AdaptIS, sections 6 and 7: Adam; rate 5e-5 for a pretrained backbone (`lr_body`), 1e-4 for the rest; random crops; six points a
 # picture; R = 280 pixels; T = 0.40; 260 epochs in batches of 8 with drops after 240 and 255, then 10 for the proposals.
 # The head sees as much of a whole picture as it saw of a crop: `point_window` is the crop.  Steps are epochs * pictures / batch.
-# Choice: jitter of 0.2; the text says no strength.  The other flags are those of the data set's recipe above.
+# Choice: jitter of 0.2, heads of three layers and 64 channels, objects of 100 pixels at least, and up to 200 points in a row that
+# find nothing; the text has no such numbers.  `per_round` is how many proposals run at once: speed, not result.  The other flags are those of the data set's recipe above.
 POINTS = dict(sampler="uniform", crop=[400, 800], point_window=[400, 800], batch=8, scale=[0.2, 1.2], jitter=0.2, lr=1e-4, lr_body=5e-5, decay=0.0,
               steps=270 * 2975 // 8, warmup=0, drops=[240 / 260, 255 / 260], proposal_share=10 / 270, points=6, radius=280.0, threshold=0.40,
               per_round=8, patience=200, mask_loss="nfl", coordinates=True, head_width=64, head_blocks=3, min_area=100, flip_test=True)
@@ -769,7 +770,9 @@ def parse(argv):
             warmup="steps", interval="steps between log lines", stop_at="stop there; the schedule stays", seed="of weights and crops",
             scenes="toy pictures to train on", eval_count="pictures to evaluate on, 0: all", workers="loading processes", threads="of the CPU, 0: all")
     run.add_argument("--eval-every", type=int, help="evaluate every so many steps into curve.csv, 0: at the end only")
-    numbers(run, float, lr="learning rate", lr_body="of AdaptIS's backbone", proposal_share="of the steps, for AdaptIS's proposal branch", clip="norm of the gradients", decay="weight decay", jitter="of colours, 0..1", flip="share of mirrored pictures")
+    numbers(run, float, lr="learning rate", lr_body="of AdaptIS's backbone",
+            proposal_share="of the steps, for AdaptIS's proposal branch", clip="norm of the gradients", decay="weight decay",
+            jitter="of colours, 0..1", flip="share of mirrored pictures")
     run.add_argument("--scale", type=float, nargs=2, metavar=("LO", "HI"), help="random scale of a training picture")
     run.add_argument("--scale-things", type=float, nargs=2, metavar=("LO", "HI"), help="limits of the scale that ISUS gives an instance")
     run.add_argument("--drops", type=float, nargs="*", help="shares of the run after which the rate falls to a tenth")

@@ -1707,10 +1707,10 @@ def test_a_thing_pixel_without_an_instance_is_void():
 
 @pytest.mark.parametrize("stuff_area, kept", [(0, [0, 1]), (6, [0, 1]), (7, [0]), (18, [0]), (19, [])])
 def test_stuff_of_fewer_than_stuff_area_pixels_is_void(stuff_area, kept):
-    """Choice: 18 pixels of one stuff and 6 of another; exactly stuff_area are enough."""
+    """Choice: 18 pixels of one stuff and 6 of another; exactly stuff_area are enough, counted at 1024x2048."""
     classes = torch.zeros(4, 6, dtype=torch.long)
     classes[:2, :3] = 1
-    p = segment_panoptic(planted([], isthing=(False, False, True), stuff_area=stuff_area), seen_as(classes))
+    p = segment_panoptic(planted([], isthing=(False, False, True), stuff_area=stuff_area * 1024 * 2048 / classes.numel()), seen_as(classes))
     check_prediction(p, (False, False, True), 4, 6)
     assert sorted(p.categories.tolist()) == kept
     for c in range(2):
