@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import FeaturePyramidNetwork, SqueezeExcitation, batched_nms, box_iou, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 IGNORE = -1    # the semantic target of void and crowd pixels: no loss reads them
@@ -98,11 +98,12 @@ class Body(nn.Module):
 
     `frozen` counts the leading stages that do not learn (1: the stem, 2: conv2 as well, ...): ImageNet has taught them what
     edges are, and a batch of a few images would teach them less.  `frozen_norm` does the same to every batch norm of the
-    ResNet.  Frozen norms stay in evaluation mode, else their statistics would go on learning.
+    ResNet.  Frozen norms stay in evaluation mode, else their statistics would go on learning.  `excitation` weighs the channels
+    of the last stage by a look at the whole picture (squeeze and excitation) before the pyramid reads it.
     """
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, RGB
 
-    def __init__(self, resnet, width=256, extra=0, frozen=0, frozen_norm=False):
+    def __init__(self, resnet, width=256, extra=0, frozen=0, frozen_norm=False, excitation=False):
         super().__init__()
         for m in resnet.modules():                               # torchvision's blocks share one ReLU: replace it everywhere
             if isinstance(getattr(m, "relu", None), nn.ReLU):
@@ -114,6 +115,7 @@ class Body(nn.Module):
         # Choice: batch norm without activation after the pyramid's convolutions (the paper draws none; without a norm the
         # pyramid's scale drifts when all is trained from scratch).
         self.fpn = FeaturePyramidNetwork(c_in, width, ExtraLevels(extra) if extra else None, nn.BatchNorm2d)
+        self.excitation = SqueezeExcitation(c_in[-1], c_in[-1] // 16) if excitation else nn.Identity()
         self.strides, self.channels = [4 << i for i in range(4 + extra)], width
         self.frozen, self.frozen_norm = frozen, frozen_norm
         self.register_buffer("pixel_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
@@ -137,28 +139,30 @@ class Body(nn.Module):
         for i, stage in enumerate(self.stages):
             x = stage(x)
             maps[str(i)] = x
+        maps["4"] = self.excitation(x)
         del maps["0"]                                            # conv1's output is no level of the pyramid
         return dict(zip(self.strides, self.fpn(maps).values()))
 
 
-def resnet_fpn(name="resnet50", width=256, extra=0, weights=None, frozen=0, frozen_norm=False):
+def resnet_fpn(name="resnet50", width=256, extra=0, weights=None, frozen=0, frozen_norm=False, excitation=False):
     """Section 3.1's body.  `name`: resnet18/34/50/101 of torchvision, or tiny/small (thin, for CPUs).  `weights`: None, a
     torchvision weights entry such as "IMAGENET1K_V1" (what the paper started from), or a state dict of that ResNet.
     The paper: resnet50, width 256, extra 0 to 2 by data set, ImageNet, frozen.  Choice: the text does not say what was frozen;
     frozen=2 (stem and conv2) and the ResNet's norms, as its authors' published settings have it.  Its
-    variant "no freeze, decay BN" is frozen=0, frozen_norm=False and no weight decay on norms (an optimiser's business)."""
+    variant "no freeze, decay BN" is frozen=0, frozen_norm=False and no weight decay on norms (an optimiser's business).
+    `excitation` is no part of this paper; Li et al. (CVPR 2020) put it on the last stage."""
     thin = {"tiny": (32, (1, 1, 1, 1)), "small": (32, (2, 2, 2, 2))}
     if name in thin:
         if weights is not None:
             raise ValueError(f"the thin body {name!r} has no ImageNet weights; use weights=None or a torchvision ResNet")
-        return Body(thin_resnet(*thin[name]), width, extra, frozen, frozen_norm)
+        return Body(thin_resnet(*thin[name]), width, extra, frozen, frozen_norm, excitation)
     if not (name.startswith("resnet") and name in torchvision.models.list_models()):
         raise ValueError(f"unknown body {name!r}; use tiny, small, resnet18, resnet34, resnet50 or resnet101")
     state = weights if isinstance(weights, dict) else None
     net = torchvision.models.get_model(name, weights=None if state else weights)
     if state:
         net.load_state_dict(state)
-    return Body(net, width, extra, frozen, frozen_norm)
+    return Body(net, width, extra, frozen, frozen_norm, excitation)
 
 
 # --- 3.2 Boxes: anchors, deltas, levels -----------------------------------------------------------------------------------
@@ -342,9 +346,11 @@ class RegionSegmentationHead(nn.Module):
 
     Choice: 14x14 features of 256 channels fed literally into a fully connected layer of 1024 are 51 M weights in that layer
     alone, and 86.8 M in the whole network where the paper counts 51.43 M.  A 2x2 average pooling first makes them 12.8 M.
+    `mask_loss` of logits and 0/1 truth [P, 28, 28] -> scalar; masks=False leaves the mask branch out.
     """
     def __init__(self, channels, strides, classes, canonical=224, box_channels=1024, mask_channels=256, box_loss=box_loss,
-                 samples=512, score_threshold=0.05, nms_threshold=0.5, detections=100):
+                 samples=512, score_threshold=0.05, nms_threshold=0.5, detections=100, mask_loss=F.binary_cross_entropy_with_logits,
+                 masks=True):
         super().__init__()
         self.strides, self.classes, self.canonical, self.box_loss = list(strides)[:4], classes, canonical, box_loss
         self.samples, self.score_threshold, self.nms_threshold, self.detections = samples, score_threshold, nms_threshold, detections
@@ -354,7 +360,8 @@ class RegionSegmentationHead(nn.Module):
         self.out = nn.Linear(c, 5 * classes + 1)                                                 # classes + 1 scores, 4 deltas a class
         convs = [layer for i in range(4) for layer in
                  (nn.Conv2d(m if i else channels, m, 3, padding=1, bias=False), GroupNorm(m), leaky())]
-        self.mask = nn.Sequential(*convs, nn.ConvTranspose2d(m, m, 2, 2, bias=False), GroupNorm(m), leaky(), nn.Conv2d(m, classes, 1))
+        self.mask = nn.Sequential(*convs, nn.ConvTranspose2d(m, m, 2, 2, bias=False), GroupNorm(m), leaky(), nn.Conv2d(m, classes, 1)) if masks else None
+        self.mask_loss = mask_loss
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
@@ -399,18 +406,19 @@ class RegionSegmentationHead(nn.Module):
         here = torch.arange(len(own), device=own.device)
         boxes = torch.cat(rois)[is_positive]
         box = self.box_loss(deltas[is_positive][here, own], torch.cat(gts), boxes, 0.1, image_size, torch.cat(cuts))
+        n = max(len(labels), 1)
+        # Choice: one β for the four deltas so that any box loss fits; 10 ℓ_0.1(δ) is Mask R-CNN's ℓ_1(10 δ).
+        losses = {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n, "rsh_box": 10 * box.sum() / n}
+        if self.mask is None:
+            return losses
         mask = self.mask(pooled[is_positive])[here, own].float()                                 # [P+, 28, 28]
         owner = torch.repeat_interleave(torch.tensor([int(p.sum()) for p in positives], device=own.device))
         truth = mask_targets(torch.stack([t.segments for t in targets]), owner, torch.cat(segment), boxes, mask.shape[-1])
-        n = max(len(labels), 1)
-        return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
-                # Choice: one β for the four deltas so that any box loss fits; 10 ℓ_0.1(δ) is Mask R-CNN's ℓ_1(10 δ).
-                "rsh_box": 10 * box.sum() / n,
-                "rsh_mask": F.binary_cross_entropy_with_logits(mask, truth, reduction="sum") / max(mask.numel(), 1)}
+        return {**losses, "rsh_mask": self.mask_loss(mask, truth) if len(mask) else mask.sum()}
 
     def detect(self, features, proposals, image_size):
         """Proposals to detections, second NMS per class, masks from the corrected boxes (3.5).  -> a dict an image: boxes [D, 4],
-        scores [D] (with gradient), classes [D] in 0..classes - 1, masks [D, 28, 28] (logits), best score first."""
+        scores [D] (with gradient), classes [D] in 0..classes - 1, masks [D, 28, 28] (logits; none without that branch), best score first."""
         logits, deltas = self.classify(self.pool(features, proposals))
         found = []
         for p, s, d in zip(proposals, logits.softmax(1).split([len(p) for p in proposals]), deltas.split([len(p) for p in proposals])):
@@ -420,10 +428,16 @@ class RegionSegmentationHead(nn.Module):
             keep = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
             keep = keep[batched_nms(boxes[keep], score[keep].detach(), cls[keep], self.nms_threshold)[:self.detections]]
             found.append({"boxes": boxes[keep], "scores": score[keep], "classes": cls[keep]})
-        masks = self.mask(self.pool(features, [f["boxes"] for f in found])).float()
-        for f, m in zip(found, masks.split([len(f["boxes"]) for f in found])):
-            f["masks"] = m[torch.arange(len(m), device=m.device), f["classes"]]
+        if self.mask is not None:
+            for f, m in zip(found, self.masks(features, [f["boxes"] for f in found], [f["classes"] for f in found])):
+                f["masks"] = m
         return found
+
+    def masks(self, features, boxes, classes):
+        """Masks of given boxes: a list of [D_b, 4] and of classes [D_b] -> list of logits [D_b, 28, 28]."""
+        classes, counts = torch.cat(classes), [len(b) for b in boxes]
+        m = self.mask(self.pool(features, boxes)).float()
+        return m[torch.arange(len(m), device=m.device), classes].split(counts)
 
 
 def mask_targets(segments, owner, segment, boxes, size=28):
@@ -577,9 +591,10 @@ class Seamless(nn.Module):
     `stuff_area` counts pixels at 1024x2048 and is scaled with the area of the picture."""
     def __init__(self, isthing, body, box_loss=None, canonical=224, anchor_scale=8, ratios=(0.5, 1, 2), hidden=256,
                  box_channels=1024, mask_channels=256, semantic_channels=128, window=64, detections=100,
-                 score_threshold=0.5, stuff_area=4096, samples=(256, 512), after=(2000, 1000)):
+                 score_threshold=0.5, stuff_area=4096, samples=(256, 512), after=(2000, 1000), semantic_loss=hardest_pixels_loss,
+                 mask_loss=F.binary_cross_entropy_with_logits, masks=True):
         super().__init__()
-        self.body, loss = body, box_loss or globals()["box_loss"]
+        self.body, self.semantic_loss, loss = body, semantic_loss, box_loss or globals()["box_loss"]
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
         if not isthing.any():
             raise ValueError("no category is a thing: there is nothing for the instance branch; use body and SemanticHead alone")
@@ -590,24 +605,33 @@ class Seamless(nn.Module):
         self.proposal_head = RegionProposalHead(body.channels, body.strides, hidden, anchor_scale, ratios, loss,
                                                 samples=samples[0], after=after)
         self.region_head = RegionSegmentationHead(body.channels, body.strides, len(self.things), canonical, box_channels,
-                                                  mask_channels, loss, samples=samples[1], detections=detections)
+                                                  mask_channels, loss, samples=samples[1], detections=detections,
+                                                  mask_loss=mask_loss, masks=masks)
         self.semantic_head = SemanticHead(body.channels, len(isthing), semantic_channels, window)
 
     def losses(self, images, targets):
         """images [B, 3, H, W], a target an image -> the six losses of the two branches, to be summed with weight 1."""
-        size, features = images.shape[-2:], self.body(images)
-        scores, deltas, anchors, level = self.proposal_head(features, size)
-        proposals = [self.proposal_head.proposals(s, d, anchors, level, size) for s, d in zip(scores, deltas)]
-        logits = resize_logits(self.semantic_head(features).float(), size)
-        return {**self.proposal_head.losses(scores, deltas, anchors, targets, self.isthing, size),
-                **self.region_head.losses(features, proposals, targets, self.isthing, self.thing_index, size),
-                "semantic": hardest_pixels_loss(logits, torch.stack([semantic_target(t) for t in targets]))}
+        return self.learn(self.body(images), targets, images.shape[-2:])[0]
 
-    def detect(self, features, image_size):
-        """features of a batch -> per image a dict of boxes [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28]
-        (logits).  One path for training and testing: heads that stand on detections meet at test time what they learnt on."""
+    def learn(self, features, targets, image_size):
+        """The same from features -> (the losses, proposals an image, semantic logits at stride 4): what a head needs that stands
+        on the outputs of both branches and trains along."""
         scores, deltas, anchors, level = self.proposal_head(features, image_size)
         proposals = [self.proposal_head.proposals(s, d, anchors, level, image_size) for s, d in zip(scores, deltas)]
+        logits = self.semantic_head(features)
+        truth = torch.stack([semantic_target(t) for t in targets])
+        losses = {**self.proposal_head.losses(scores, deltas, anchors, targets, self.isthing, image_size),
+                  **self.region_head.losses(features, proposals, targets, self.isthing, self.thing_index, image_size),
+                  "semantic": self.semantic_loss(resize_logits(logits.float(), image_size), truth)}
+        return losses, proposals, logits
+
+    def detect(self, features, image_size, proposals=None):
+        """features of a batch -> per image a dict of boxes [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28]
+        (logits).  One path for training and testing: heads that stand on detections meet at test time what they learnt on.
+        `proposals` spares a second look at the anchors where `learn` has had the first."""
+        if proposals is None:
+            scores, deltas, anchors, level = self.proposal_head(features, image_size)
+            proposals = [self.proposal_head.proposals(s, d, anchors, level, image_size) for s, d in zip(scores, deltas)]
         found = self.region_head.detect(features, proposals, image_size)
         for f in found:
             f["categories"] = self.things[f.pop("classes")]

@@ -2,10 +2,11 @@
 
     python train.py                                         toy street scenes, a thin backbone, some minutes on a CPU
     python train.py --dataset cityscapes --root DIR         the real thing; idd, coco and mapillary likewise
-    python train.py --method seamless|adaptis|maskrcnn      who segments (maskrcnn: torchvision's, as a peer)
+    python train.py --method seamless|adaptis|affinity|maskrcnn   who segments (maskrcnn: torchvision's, as a peer)
     python train.py --dataset cells                         the toy problem of AdaptIS; hours, or --steps 10000
     python train.py --resume RUN                            go on as if the run had not stopped
     python train.py --eval RUN/last.pt [--root DIR]         full-image evaluation
+    python train.py --eval RUN/last.pt --readings           of --method affinity: rules, argmax and head on the same outputs
     python train.py --predict RUN/last.pt picture.png ...   on anybody's pictures
     python train.py --compare                               every method on the same toy street: one table, one figure
     torchrun --nproc_per_node=8 train.py --dataset ...      one process a GPU
@@ -39,6 +40,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import adaptis
+import affinity_head
 import cabb_loss
 import data
 import isus
@@ -61,7 +63,8 @@ class UserError(Exception):
 PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=224, anchor_scale=8, ratios=[0.5, 1, 2], rois=512,
              proposals=1000, window=64, stuff_area=4096, sampler="isus", crop=[512, 1024], batch=16, short_side=1024,
              scale=[0.5, 2.0], scale_things=[0.5, 2.0], jitter=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
-             frozen=2, no_freeze=False, interval=50, eval_count=0)
+             frozen=2, no_freeze=False, interval=50, eval_count=0, semantic_loss="hardest", roi_mask_loss="bce", excitation=False,
+             score_threshold=0.5)
 RECIPES = {
     # Toy pictures have 256x512 pixels, objects a quarter of the size, and section 5.3's anchors: many ratios, twice the stride.
     "street": {**PAPER, **dict(body="small", weights="none", width=64, extra=2, canonical=56, anchor_scale=2, ratios=[0.2, 0.5, 1, 2, 5],
@@ -105,6 +108,27 @@ ADAPTIS = {
 RECIPES["cells"] = {**RECIPES["street"], **dict(method="adaptis", sampler="full", crop=[384, 384], short_side=384, scale=[1.0, 1.0], scale_things=[1.0, 1.0],
                                                 canonical=112, anchor_scale=8, extra=0, ratios=[0.33, 1, 3], rois=128, proposals=200, jitter=0.0, batch=4, steps=137500,
                                                 lr=0.02, drops=[35 / 55, 45 / 55], scenes=10000, eval_count=200)}
+# Li et al. 2020, section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps from a third, relighting
+# ("a small amount": jitter of 0.2 is ours); loss weights of detection, semantics, panoptic; variant B; Lovász losses.  Random crops and
+# the standard box loss: the paper knows neither ISUS nor CABB.
+LI = dict(sampler="uniform", box_loss="standard", jitter=0.2, batch=32, steps=65000, warmup=500, drops=[40 / 65, 55 / 65], loss_weights=[0.25, 1.0, 1.0],
+          semantic_loss="lovasz", roi_mask_loss="lovasz", excitation=True, variant="B", affinity_channels=128, masks=True, affinity=True,
+          end_to_end="all", true_boxes=False, reading="affinity")
+PLAIN = {**LI, **dict(semantic_loss="cross-entropy", roi_mask_loss="bce")}          # "a cross-entropy loss, unless otherwise stated"
+STREET = {**PLAIN, **dict(batch=4, jitter=0.1, lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], loss_weights=[1.0, 1.0, 1.0], affinity_channels=64)}
+AFFINITY = {
+    "street": STREET,
+    "cells": {**STREET, **dict(sampler="full", jitter=0.0, steps=137500, lr=0.02, drops=[35 / 55, 45 / 55])},
+    "cityscapes": LI,
+    "idd": LI,
+    # Choice: no Vistas recipe in the paper; the steps of Seamless's, in its batches.
+    "mapillary": {**LI, **dict(batch=8, steps=192000, drops=[0.75, 176 / 192])},
+    # Whole pictures of shortest side 800, mirrored only; 200k steps, rate 0.02, drops after 150k and 190k; variant C; cut-off 0.75.
+    # Choice: batches of 16; the longest side is not held under 1333, which only very long pictures would notice.
+    "coco": {**PLAIN, **dict(sampler="full", short_side=800, scale=[1.0, 1.0], scale_things=[1.0, 1.0], jitter=0.0, batch=16, lr=0.02, steps=200000,
+                             drops=[0.75, 0.95], loss_weights=[1.0, 0.2, 0.1], variant="C", score_threshold=0.75)},
+}
+OF_METHODS = {"adaptis": ADAPTIS, "affinity": AFFINITY}      # laid over the recipe of the data set
 SPLITS = {"cityscapes": ("train", "val"), "idd": ("train", "val"), "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
 
 
@@ -198,7 +222,7 @@ def build_body(args):
     weights = args["weights"]
     state = {"none": None, "imagenet": "IMAGENET1K_V1"}[weights] if weights in ("none", "imagenet") else load_file(weights)
     try:
-        return seamless.resnet_fpn(args["body"], args["width"], args["extra"], state, args["frozen"], args["frozen"] > 0)
+        return seamless.resnet_fpn(args["body"], args["width"], args["extra"], state, args["frozen"], args["frozen"] > 0, args["excitation"])
     except OSError as e:
         raise UserError(f"the ImageNet weights of {args['body']} could not be downloaded ({e}); fetch the file that torchvision names "
                         "on a machine with a network and pass it with --weights FILE, or train from scratch with --weights none") from e
@@ -212,8 +236,101 @@ def build_seamless(categories, args):
     """Seamless (2019); its head widths follow the pyramid's: 256 channels give the paper's 256, 1024, 256 and 128."""
     c = args["width"]
     return seamless.Seamless([k.isthing for k in categories], build_body(args), BOX_LOSSES[args["box_loss"]], args["canonical"],
-                             args["anchor_scale"], args["ratios"], c, 4 * c, c, c // 2, args["window"], samples=(256, args["rois"]),
-                             after=(2 * args["proposals"], args["proposals"]), stuff_area=args["stuff_area"])
+                             args["anchor_scale"], args["ratios"], c, 4 * c, c, c // 2, args["window"], score_threshold=args["score_threshold"],
+                             samples=(256, args["rois"]), after=(2 * args["proposals"], args["proposals"]), stuff_area=args["stuff_area"],
+                             semantic_loss=SEMANTIC_LOSSES[args["semantic_loss"]], mask_loss=ROI_MASK_LOSSES[args["roi_mask_loss"]],
+                             masks=args.get("masks", True))
+
+
+class Affinity(nn.Module):
+    """The affinity head on Seamless's boxes, masks and semantic probabilities: a channel an object and argmax, no rules.
+
+    `masks`, `affinity`, `end_to_end`, `true_boxes` and `reading` are the rows of the paper's ablations: end_to_end "all" lets the
+    panoptic loss train everything, "head" the affinity head alone, "none" leaves it out."""
+
+    def __init__(self, categories, args):
+        super().__init__()
+        if args["affinity"] and args["end_to_end"] == "none":
+            raise UserError("--end-to-end none: nothing would train the affinity head; add --no-affinity, or let it be head or all")
+        if args["variant"] == "A" and not args["masks"]:
+            raise UserError("--variant A adds the logits of masks, and --no-masks leaves them out; take --variant B")
+        self.base = build_seamless(categories, args)
+        self.head = affinity_head.InstanceAffinityHead(args["width"], args["affinity_channels"]) if args["affinity"] else None
+        self.weights, self.variant, self.reading = args["loss_weights"], args["variant"], args["reading"]
+        self.end_to_end, self.true_boxes, self.proposals = args["end_to_end"], args["true_boxes"], args["proposals"]
+
+    def potential(self, found, logits):
+        """Detections and semantic logits [C, h, w] of an image -> potential [K, h, w], category of each channel [K]."""
+        raw = self.variant == "A"                                        # on logits
+        v = logits.float() if raw else logits.float().softmax(0)
+        masks = affinity_head.paste(found["masks"], found["boxes"], v.shape[1:]) if "masks" in found else None
+        return affinity_head.dynamic_potential(v, found["boxes"], found["scores"], found["categories"], self.base.isthing, 4,
+                                               masks if raw or masks is None else masks.sigmoid(), self.variant)
+
+    def truth(self, features, targets):
+        """The true boxes as detections of score 1 (appendix A.4's other way to train)."""
+        found = []
+        for t in targets:
+            _, boxes, _, categories = seamless.thing_truth(t, self.base.isthing)
+            found.append({"boxes": boxes.float(), "scores": boxes.new_ones(len(boxes), dtype=torch.float32), "categories": categories})
+        if self.base.region_head.mask is not None:
+            classes = [self.base.thing_index[f["categories"]] for f in found]
+            for f, m in zip(found, self.base.region_head.masks(features, [f["boxes"] for f in found], classes)):
+                f["masks"] = m
+        return found
+
+    def losses(self, images, targets):
+        size, features = images.shape[-2:], self.base.body(images)
+        losses, proposals, logits = self.base.learn(features, targets, size)
+        losses = {k: v * self.weights[k == "semantic"] for k, v in losses.items()}
+        if self.end_to_end == "none":
+            return losses
+        found = self.truth(features, targets) if self.true_boxes else self.base.detect(features, size, [p[:self.proposals] for p in proposals])
+        potentials = [self.potential(f, v)[0] for f, v in zip(found, logits)]
+        if self.end_to_end == "head":
+            features, potentials = {s: f.detach() for s, f in features.items()}, [p.detach() for p in potentials]
+        if self.head is not None:
+            potentials = self.head(features, potentials)
+        each = [affinity_head.panoptic_matching_loss(p, f["boxes"], f["categories"], t, self.base.isthing)
+                for p, f, t in zip(potentials, found, targets)]
+        return {**losses, "panoptic": self.weights[2] * sum(each) / len(each)}
+
+    @torch.no_grad()
+    def readings(self, image, size=None, names=("heuristic", "argmax", "affinity")):
+        """image [3, H, W] -> {name: Prediction at `size`}, small stuff not trimmed: what Seamless's rules, the argmax over the
+        potential and the argmax over the head's answer make of the same boxes, masks and semantic logits."""
+        own, isthing, threshold = image.shape[-2:], self.base.isthing, self.base.score_threshold
+        size = tuple(size or own)
+        features = self.base.body(image[None])
+        found, logits = self.base.detect(features, own)[0], self.base.semantic_head(features)
+        boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
+        semantic = seamless.resize_logits(logits.float(), size)[0].argmax(0)
+        if "masks" in found:
+            masks = seamless.paste_masks(found["masks"], boxes, size)
+        else:                                                            # the mask of a box: its category's pixels in it
+            rows, columns = affinity_head.box_gate(boxes, size, 1)
+            masks = rows[:, :, None] & columns[:, None, :] & (semantic == found["categories"][:, None, None])
+        instances = {**found, "boxes": boxes, "masks": masks}
+        sure = {k: v[found["scores"] >= threshold] for k, v in found.items()}
+        result = {}
+        for name in names:
+            if name == "heuristic":
+                fused = seamless.fuse(masks, found["scores"], found["categories"], semantic, isthing, threshold, stuff_area=0)
+            else:
+                psi, channels = self.potential(sure, logits[0])
+                if name == "affinity" and self.head is not None:
+                    psi = self.head(features, [psi])[0]
+                fused = affinity_head.segment(psi, channels, sure["scores"], size)
+            result[name] = seamless.Prediction(*fused, instances)
+        return result
+
+    def trim(self, prediction):
+        """Appendix C, as every other method here does it: no stuff of fewer than `stuff_area` pixels of a 1024x2048 picture."""
+        area = self.base.stuff_area * prediction.segments.numel() / (1024 * 2048)
+        return seamless.Prediction(*affinity_head.trim_small_stuff(*prediction[:3], self.base.isthing, area), prediction.instances)
+
+    def predict(self, image, size=None):
+        return self.trim(self.readings(image, size, (self.reading,))[self.reading])
 
 
 class MaskRCNN(nn.Module):
@@ -291,7 +408,15 @@ def build_adaptis(categories, args):
                            args["proposal_share"], args["coordinates"])
 
 
-METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "maskrcnn": MaskRCNN}      # (categories, args) -> a module that keeps the protocol above
+def known_cross_entropy(logits, target):
+    """Cross entropy, mean over the pixels that are not void; 0 with gradients where all are."""
+    total = F.cross_entropy(logits.float(), target, ignore_index=seamless.IGNORE, reduction="sum")
+    return total / (target != seamless.IGNORE).sum().clamp(min=1)
+
+
+METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "affinity": Affinity, "maskrcnn": MaskRCNN}     # (categories, args) -> a module that keeps the protocol above
+SEMANTIC_LOSSES = {"hardest": seamless.hardest_pixels_loss, "cross-entropy": known_cross_entropy, "lovasz": affinity_head.lovasz_softmax}
+ROI_MASK_LOSSES = {"bce": F.binary_cross_entropy_with_logits, "lovasz": affinity_head.lovasz_hinge}
 MASK_LOSSES = {"nfl": adaptis.normalized_focal_loss, "focal": adaptis.focal_loss, "bce": adaptis.binary_cross_entropy}
 BOX_LOSSES = {"cabb": cabb_loss.cabb_loss, "standard": cabb_loss.box_loss}   # (deltas, gt, anchors, beta, crop_size, truncated) -> [N]
 SAMPLERS = isus.MODES                                                         # which crops to train on
@@ -375,7 +500,8 @@ def load_checkpoint(path, explicit):
     for flag in ("method", "body"):
         if explicit.get(flag, state["args"][flag]) != state["args"][flag]:
             raise UserError(f"{path} was trained with --{flag} {state['args'][flag]}, not {explicit[flag]}; leave --{flag} away or train anew")
-    return state, {**state["args"], **explicit}
+    new = settings({k: state["args"][k] for k in ("dataset", "method")})           # flags younger than the checkpoint
+    return state, {**new, **state["args"], **explicit}
 
 
 def restore_model(state, args, categories, path):
@@ -466,6 +592,67 @@ def evaluate(model, dataset, args, world, folder, references=False):
             print(f"PQ {result['PQ']:.1f}   stride-4 ceiling {result['ceiling']:.1f}"
                   + (f"   colour baseline {result['baseline']:.1f}" if "baseline" in result else ""))
     world.barrier()
+    return result
+
+
+def paired_interval(a, b, isthing, key="PQ", draws=2000, seed=0):
+    """How sure is the difference of two readings of the SAME pictures?  a, b: a PanopticQuality's sums for each picture, in the same
+    order -> (difference a - b of `key` over all pictures, its 2.5% and 97.5% points over `draws` resamplings of the pictures)."""
+    stacked = [{k: torch.stack([sums[k] for sums in side]) for k in side[0]} for side in (a, b)]
+
+    def difference(weight):                                    # how often each picture counts [n]
+        values = []
+        for side in stacked:
+            score = PanopticQuality(isthing)
+            score.sums = {k: torch.tensordot(weight, v, 1) for k, v in side.items()}
+            values.append(score.compute()[key])
+        return values[0] - values[1]
+    n = len(a)
+    picks = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones(draws, n, dtype=torch.float64))
+    drawn = torch.tensor([difference(w) for w in weights], dtype=torch.float64)
+    return difference(torch.ones(n, dtype=torch.float64)), *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+@torch.no_grad()
+def compare_readings(model, dataset, args, world, folder):
+    """The same outputs of one affinity checkpoint read by Seamless's rules, by argmax over the potential, and by argmax over the
+    head's answer, each with small stuff trimmed to void and not: a table, and the differences with their bootstrap intervals."""
+    if not hasattr(model, "readings"):
+        raise UserError(f"--readings compares the ways to read an affinity checkpoint; this one is of --method {args['method']}")
+    model.eval()
+    isthing, count = torch.tensor([k.isthing for k in dataset.categories]), min(args["eval_count"] or len(dataset), len(dataset))
+    names = ("heuristic", "argmax", *(["affinity"] if model.head is not None else []))
+    sums = {(name, trimmed): [] for name in names for trimmed in (True, False)}
+    loader = DataLoader(torch.utils.data.Subset(dataset, range(count)), batch_size=None, num_workers=args["workers"], generator=torch.Generator())
+    for sample in loader:
+        native = tuple(sample.image.shape[1:])
+        image = data.resize(sample, input_size(native, args["short_side"])).image
+        with world.autocast():
+            found = model.readings(image.to(world.device), native, names)
+        for name, trimmed in sums:
+            p = model.trim(found[name]) if trimmed else found[name]
+            score = PanopticQuality(isthing)
+            score.update(p.segments.cpu(), p.categories.cpu(), sample.segments, sample.categories, sample.crowd)
+            sums[name, trimmed].append(score.sums)
+    result = {}
+    world.say(f"{count} pictures      PQ   things   stuff   IoU of stuff   small stuff")
+    for (name, trimmed), per_picture in sums.items():
+        score = PanopticQuality(isthing)
+        score.sums = {k: sum(s[k] for s in per_picture) for k in per_picture[0]}
+        r = score.compute()
+        iou = [c["iou"] for c in r["per_category"] if not c["isthing"] and not math.isnan(c["iou"])]
+        row = {k: r[k] for k in ("PQ", "PQ_th", "PQ_st")} | {"IoU_st": sum(iou) / max(len(iou), 1)}
+        result[f"{name} {'trimmed' if trimmed else 'kept'}"] = row
+        world.say(f"{name:12s}" + "".join(f"{v:8.1f}" for v in list(row.values())[:3]) + f"{row['IoU_st']:15.1f}   {'void' if trimmed else 'kept'}")
+    for other in names[:-1]:
+        for key in ("PQ", "PQ_th"):
+            interval = paired_interval(sums[names[-1], True], sums[other, True], isthing, key)
+            result[f"{names[-1]} - {other}, {key}"] = interval
+            world.say(f"{key:6s} {names[-1]} - {other}: {interval[0]:+.2f}  [{interval[1]:+.2f}, {interval[2]:+.2f}]  (95%, bootstrap over the pictures)")
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "readings.json").write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -745,6 +932,7 @@ def parse(argv):
     what.add_argument("--train-split"), what.add_argument("--val-split")
     what.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     what.add_argument("--eval", metavar="RUN/last.pt", help="evaluate on full images")
+    what.add_argument("--readings", action="store_true", help="with --eval: of an affinity checkpoint, rules against argmax against the head")
     what.add_argument("--predict", nargs="+", metavar=("RUN/last.pt", "PICTURE"), help="segment pictures")
     what.add_argument("--compare", action="store_true", help="train every method, print one table")
     what.add_argument("--out", help="the run's folder (default: the first free runs/DATASET-METHOD-N)")
@@ -758,12 +946,21 @@ def parse(argv):
     numbers(model, int, width="channels of the pyramid; the heads follow", extra="levels beyond stride 32", frozen="stages that do not learn",
             canonical="size in pixels of an object on the third level", rois="proposals a picture to learn from",
             proposals="proposals a picture at test time", window="of MiniDL's pooling", stuff_area="smallest stuff, in pixels of a 1024x2048 picture")
-    numbers(model, float, anchor_scale="side of an anchor in strides", radius="of AdaptIS's relative coordinates, in pixels", threshold="of AdaptIS's masks")
-    numbers(model, int, points="AdaptIS learns from, a picture", per_round="points asked at once", patience="rounds without a new object", min_area="of an object, in pixels",
+    numbers(model, float, anchor_scale="side of an anchor in strides", score_threshold="of a detection that becomes a segment", radius="of AdaptIS's relative coordinates, in pixels", threshold="of AdaptIS's masks")
+    numbers(model, int, affinity_channels="C of the affinity features", points="AdaptIS learns from, a picture", per_round="points asked at once", patience="rounds without a new object", min_area="of an object, in pixels",
             head_width="channels of AdaptIS's heads", head_blocks="layers of its selection network")
     model.add_argument("--point-window", type=int, nargs=2, metavar=("H", "W"), help="what AdaptIS's selection network sees around a point, in pixels")
     model.add_argument("--mask-loss", choices=list(MASK_LOSSES)), model.add_argument("--flip-test", action="store_true", help="AdaptIS: average with the mirrored picture")
     model.add_argument("--no-coordinates", dest="coordinates", action="store_false", help="AdaptIS without Relative CoordConv")
+    model.add_argument("--semantic-loss", choices=list(SEMANTIC_LOSSES)), model.add_argument("--roi-mask-loss", choices=list(ROI_MASK_LOSSES), help="of the mask branch")
+    model.add_argument("--excitation", action="store_true", help="squeeze and excitation on the last stage of the ResNet")
+    model.add_argument("--variant", choices=["A", "B", "C"], help="of the affinity head's potential")
+    model.add_argument("--no-masks", dest="masks", action="store_false", help="affinity without the mask branch")
+    model.add_argument("--no-affinity", dest="affinity", action="store_false", help="affinity's potential without its head")
+    model.add_argument("--end-to-end", choices=["all", "head", "none"], help="what the panoptic matching loss trains")
+    model.add_argument("--true-boxes", action="store_true", help="affinity trained on the true boxes instead of its own")
+    model.add_argument("--reading", choices=["affinity", "argmax", "heuristic"], help="how affinity's outputs become segments")
+    model.add_argument("--loss-weights", type=float, nargs=3, metavar=("D", "S", "P"), help="of affinity's detection, semantic and panoptic losses")
     model.add_argument("--ratios", type=float, nargs="+", help="height over width of the anchors")
     run.add_argument("--sampler", choices=SAMPLERS), run.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
     numbers(run, int, short_side="shorter side of a picture in pixels, 0: as it is", batch="crops a step, over all processes", steps="length",
@@ -788,13 +985,15 @@ def settings(explicit):
     """All arguments of a new run: defaults, the data set's recipe over them, what was given over both."""
     dataset = explicit.get("dataset", "street")
     method = explicit.get("method", RECIPES[dataset].get("method", DEFAULTS["method"]))
-    args = {**DEFAULTS, **RECIPES[dataset], **(ADAPTIS[dataset] if method == "adaptis" else {}), **explicit, "method": method}
+    args = {**DEFAULTS, **RECIPES[dataset], **OF_METHODS.get(method, {}).get(dataset, {}), **explicit, "method": method}
     return {**args, "frozen": 0} if args["no_freeze"] or args["weights"] == "none" else args
 
 
 def run(explicit):
     """Decide what is asked for and do it."""
-    jobs = {k: explicit.pop(k) for k in ("resume", "eval", "predict", "compare", "out") if k in explicit}
+    jobs = {k: explicit.pop(k) for k in ("resume", "eval", "readings", "predict", "compare", "out") if k in explicit}
+    if "readings" in jobs and "eval" not in jobs:
+        raise UserError("--readings wants a checkpoint to read: --eval RUN/last.pt --readings")
     source = jobs.get("eval") or jobs.get("predict", [None])[0] or ("resume" in jobs and str(Path(jobs["resume"]) / "last.pt"))
     if source:
         state, args = load_checkpoint(source, explicit)
@@ -808,6 +1007,8 @@ def run(explicit):
         if "eval" in jobs:
             dataset = open_dataset(args, False)
             model = restore_model(state, args, dataset.categories, source).to(world.device, memory_format=torch.channels_last)
+            if "readings" in jobs:
+                return compare_readings(model, dataset, args, world, Path(jobs.get("out") or Path(source).parent))
             return evaluate(model, dataset, args, world, Path(jobs.get("out") or Path(source).parent / "eval"), references=True)
         folder = Path(jobs.get("resume") or jobs.get("out") or world.agree(free_folder(args, "compare" if "compare" in jobs else args["method"])))
         if "resume" not in jobs and any((folder / part / "last.pt").exists() for part in (".", *METHODS)):

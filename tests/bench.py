@@ -338,7 +338,88 @@ def adaptis():
     assert device.type == "cuda" or drawn >= 10 * trained
 
 
-SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales, "adaptis": adaptis}
+def affinity():
+    """The affinity head: both orders of A Psi at the paper's size, and a whole picture of 1024x2048 through a ResNet-50."""
+    import subprocess
+    import affinity_head
+    hw, channels, instances = 200 * 325, 128, 153                          # 800x1300 at stride 4; C; D + N_st
+    cheap, dense = affinity_head.multiply_adds(hw, channels, instances)
+    print(f"800x1300, d = 4, C = 128, D = 100, N_st = 53         paper | here, computed\n"
+          f"  A in float32                                   15.7 GB | {4 * hw**2 / 2**30:.1f} GiB\n"
+          f"  Q (Q^T Psi), operations (2 a multiply-add)    5 billion | {2 * cheap / 1e9:.2f} billion, {cheap / 1e9:.2f} G multiply-adds\n"
+          f"  (Q Q^T) Psi, multiply-adds                             | {dense / 1e9:.0f} G, so {100 * (1 - cheap / dense):.1f}% fewer (paper: 99.8%)")
+    if torch.cuda.is_available():
+        room, where = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    else:
+        room, where = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in open("/proc/meminfo")}["MemAvailable"], "two threads of a CPU"
+    sizes = [n for n in (4096, 16384, 32768, hw) if 4 * n * n + 2e9 < room]
+    right, left = affinity_head.measured("right", [4096, 16384, 32768, hw]), affinity_head.measured("left", sizes)
+    print(f"measured on {where}     Q (Q^T Psi)                      (Q Q^T) Psi")
+    for n, (seconds, peak) in right.items():
+        other = f"{left[n][0]:9.2f} s {left[n][1] / 2**30:9.3f} GiB, {left[n][0] / seconds:.0f} times as long" if n in left else "   does not fit"
+        print(f"  {n:6d} pixels                     {seconds:7.3f} s {peak / 2**30:7.3f} GiB    {other}")
+    print(subprocess.run([sys.executable, __file__, "affinity_picture"], capture_output=True, text=True, check=True).stdout, end="")
+
+
+def affinity_picture(bar=4.0):
+    """In a process of its own: a 1024x2048 picture with 100 detections and masks, part by part, and the memory that it adds."""
+    import resource
+    import affinity_head
+    import data
+    import seamless
+    import train
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.manual_seed(0)
+    categories = [data.Category(str(i), i >= 11, (0, 0, 0)) for i in range(19)]
+    # Untrained scores are all alike: every cut-off at 0, so that a hundred detections come through.
+    args = train.settings({"dataset": "cityscapes", "method": "affinity", "weights": "none", "score_threshold": 0.0})
+    model = train.Affinity(categories, args).eval().to(device, memory_format=torch.channels_last)
+    base, size, times = model.base, (1024, 2048), {}
+    base.region_head.score_threshold = 0.0
+    image = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    before = affinity_head.resident()
+
+    def timed(name, function):
+        def run():
+            out = function()
+            if cuda:
+                torch.cuda.synchronize()
+            return out
+        out, seconds = run(), []
+        for _ in range(10 if cuda else 2):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        times[name] = min(seconds)
+        return out
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        start = time.perf_counter()
+        prediction = model.predict(image[0])
+        whole = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        count = len(prediction.instances["scores"])
+        features = timed("ResNet-50 and pyramid", lambda: base.body(image))
+        found = timed("boxes and masks", lambda: base.detect(features, size)[0])
+        logits = timed("semantic head", lambda: base.semantic_head(features))
+        psi, channels = timed("potential", lambda: model.potential(found, logits[0]))
+        p = timed("affinity head", lambda: model.head(features, [psi])[0])
+        timed("argmax at full size", lambda: affinity_head.segment(p, channels, found["scores"], size))
+        def rules():
+            return seamless.fuse(seamless.paste_masks(found["masks"], found["boxes"], size), found["scores"], found["categories"],
+                                 seamless.resize_logits(logits.float(), size)[0].argmax(0), base.isthing, 0.0)
+        timed("Seamless's fusion instead", rules)
+    print(f"1024x2048, ResNet-50, {count} detections with masks, {len(channels)} channels, {torch.cuda.get_device_name() if cuda else 'float32 on the CPU'}")
+    for name, seconds in times.items():
+        print(f"  {name:28s} {1e3 * seconds:9.1f} ms")
+    mine = sum(times[k] for k in ("potential", "affinity head", "argmax at full size"))
+    print(f"  potential, head and argmax   {1e3 * mine:9.1f} ms, {mine / times['Seamless\'s fusion instead']:.2f} times the fusion\n"
+          f"the whole picture, first time: {whole:.1f} s; memory that it adds {peak / 2**30:.2f} GiB (bar: {bar:.0f} GB)")
+    assert peak <= bar * 1e9 or cuda
+
+
+SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales, "adaptis": adaptis, "affinity": affinity}
+PARTS = {"affinity_picture": affinity_picture}                             # run by a subject, each in a process of its own
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -293,8 +293,145 @@ def test_every_method_gives_zero_losses_with_gradients_on_pictures_without_thing
         losses = model.losses(images, targets)
         sum(losses.values()).backward()
         assert losses["semantic"] == 0 and all(torch.isfinite(v) for v in losses.values())
-        head = model.semantic if method == "adaptis" else model.semantic_head
+        head = model.semantic if method == "adaptis" else getattr(model, "base", model).semantic_head
         assert all(p.grad is not None for p in head.parameters())
+
+
+# --- The affinity head ----------------------------------------------------------------------------------------------------
+
+AFFINITY = ("--method", "affinity", "--affinity-channels", 16, *SMALL)
+
+
+def affinity_model(**flags):
+    torch.manual_seed(0)
+    small = dict(method="affinity", width=16, body="tiny", rois=16, proposals=20, affinity_channels=16, window=8)
+    return train.Affinity(data.StreetScenes(1).categories, train.settings({**small, **flags}))
+
+
+def street_crops(count=2):
+    scenes = data.StreetScenes(count, seed=7)
+    return train.collate([data.crop(scenes[i], 60, 100, (128, 192), image_id=i) for i in range(count)])
+
+
+@pytest.mark.parametrize("words", [(), ("--no-masks",), ("--no-affinity",), ("--no-affinity", "--end-to-end", "none"), ("--end-to-end", "head"),
+                                   ("--true-boxes",), ("--true-boxes", "--no-masks"), ("--variant", "A"), ("--variant", "C"),
+                                   ("--reading", "heuristic"), ("--semantic-loss", "lovasz", "--roi-mask-loss", "lovasz")], ids=" ".join)
+def test_every_row_of_the_affinity_papers_tables_trains_and_predicts(words, tmp_path):
+    call(*AFFINITY, *words, "--steps", 2, "--eval-count", 1, "--out", tmp_path / "run")
+    columns = (tmp_path / "run" / "log.csv").read_text().splitlines()[0].split(",")
+    assert ("panoptic" in columns) == ("none" not in words) and ("rsh_mask" in columns) == ("--no-masks" not in words)
+
+
+def test_the_panoptic_loss_reaches_detector_scores_semantics_and_masks_or_the_head_alone():
+    """Li et al. 2020, A.4: "gradients from the panoptic segmentation submodule flow to the object detection submodule"."""
+    for end_to_end, everywhere in (("all", True), ("head", False)):
+        model = affinity_model(end_to_end=end_to_end)
+        model.base.region_head.score_threshold = 0.0             # untrained scores are low: let some through
+        model.losses(*street_crops())["panoptic"].backward()
+        region = model.base.region_head
+        parts = {"scores": region.out, "masks": region.mask, "semantics": model.base.semantic_head, "backbone": model.base.body.stages[-1]}
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.head.phi1.parameters())
+        for name, part in parts.items():
+            moved = sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None) > 0
+            assert moved == everywhere, (end_to_end, name)
+
+
+def test_the_affinity_papers_loss_weights_multiply_their_losses():
+    """Section 4: detection, semantic segmentation, panoptic segmentation."""
+    results = {}
+    for weights in ((1.0, 1.0, 1.0), (0.25, 0.5, 2.0)):
+        model = affinity_model(loss_weights=list(weights))
+        images, targets = street_crops()
+        torch.manual_seed(1)
+        results[weights] = {k: v.item() for k, v in model.losses(images, targets).items()}
+    for name, value in results[1.0, 1.0, 1.0].items():
+        factor = {"semantic": 0.5, "panoptic": 2.0}.get(name, 0.25)
+        assert results[0.25, 0.5, 2.0][name] == pytest.approx(factor * value, rel=1e-4), name
+
+
+def test_the_affinity_recipes_are_the_papers():
+    """Section 4 and appendix B."""
+    def recipe(dataset, *keys):
+        args = train.settings({"dataset": dataset, "method": "affinity"})
+        return [args[k] for k in keys]
+    keys = ("loss_weights", "score_threshold", "variant", "semantic_loss", "roi_mask_loss", "lr", "steps", "batch", "crop", "scale", "excitation")
+    assert recipe("cityscapes", *keys) == [[.25, 1, 1], .5, "B", "lovasz", "lovasz", .01, 65000, 32, [512, 1024], [.5, 2], True]
+    assert [d * 65 for d in recipe("cityscapes", "drops")[0]] == pytest.approx([40, 55]) and recipe("cityscapes", "warmup", "decay") == [500, 1e-4]
+    keys = ("loss_weights", "score_threshold", "variant", "semantic_loss", "roi_mask_loss", "lr", "steps", "short_side", "sampler", "affinity_channels")
+    assert recipe("coco", *keys) == [[1, .2, .1], .75, "C", "cross-entropy", "bce", .02, 200000, 800, "full", 128]
+    assert [d * 200 for d in recipe("coco", "drops")[0]] == pytest.approx([150, 190]) and recipe("coco", "frozen")[0] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_three_readings_share_their_instances_and_only_the_head_may_leave_a_box(masks):
+    model = affinity_model(masks=masks, score_threshold=0.0).eval()
+    model.base.region_head.score_threshold = 0.08
+    image = data.StreetScenes(1, seed=7)[0].image
+    found = model.readings(image, (200, 400))
+    assert set(found) == {"heuristic", "argmax", "affinity"}
+    boxes = found["argmax"].instances["boxes"]
+    assert len(boxes) > 2 and found["argmax"].instances["masks"].shape[1:] == (200, 400)
+    for name, p in found.items():
+        assert p.segments.shape == (200, 400) and p.segments.max() <= len(p.categories) == len(p.scores)
+        assert p.instances["boxes"] is boxes or torch.equal(p.instances["boxes"], boxes)
+    # Pixels of a thing lie in a box of its category, but for the width of an interpolated cell (4 pixels of 256 are 3.1 of 200).
+    p = found["argmax"]
+    for k in torch.where(model.base.isthing[p.categories])[0].tolist():
+        y, x = torch.where(p.segments == k + 1)
+        b = boxes[p.instances["categories"] == p.categories[k]]
+        near = (x + .5 > b[:, :1] - 4) & (x + .5 < b[:, 2:3] + 4) & (y + .5 > b[:, 1:2] - 4) & (y + .5 < b[:, 3:] + 4)
+        assert near.any(0).all()
+    trimmed = model.trim(p)
+    area = model.base.stuff_area * 200 * 400 / (1024 * 2048)
+    count = torch.bincount(p.segments.flatten(), minlength=len(p.categories) + 1)[1:]
+    assert len(trimmed.categories) == int((model.base.isthing[p.categories] | (count >= area)).sum())
+
+
+def test_readings_of_a_checkpoint_are_a_table_with_paired_intervals(tmp_path, capsys):
+    call(*AFFINITY, "--steps", 2, "--out", tmp_path / "run")
+    call("--eval", tmp_path / "run" / "last.pt", "--readings", "--out", tmp_path)
+    text = capsys.readouterr().out
+    rows = json.loads((tmp_path / "readings.json").read_text())
+    assert {f"{name} {how}" for name in ("heuristic", "argmax", "affinity") for how in ("trimmed", "kept")} < rows.keys()
+    assert "affinity - heuristic" in text and "IoU of stuff" in text
+    call("--eval", tmp_path / "run" / "last.pt", "--out", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert rows["affinity trimmed"]["PQ"] == pytest.approx(metrics["PQ"], abs=1e-9)
+
+
+def test_the_paired_interval_knows_an_equal_from_a_better_reading():
+    """Of 40 pictures: a reading against itself differs by exactly 0; one that is wrong on every second picture is surely worse."""
+    isthing, sums = torch.tensor([False, True]), {"right": [], "half": []}
+    truth = torch.tensor([[1, 1, 2, 2]] * 4)
+    for i in range(40):
+        for name, wrong in (("right", False), ("half", i % 2 == 0)):
+            score = PanopticQuality(isthing)
+            score.update(torch.ones_like(truth) if wrong else truth, torch.tensor([0]) if wrong else torch.tensor([0, 1]), truth, torch.tensor([0, 1]))
+            sums[name].append(score.sums)
+    assert train.paired_interval(sums["right"], sums["right"], isthing, draws=50) == (0, 0, 0)
+    difference, low, high = train.paired_interval(sums["right"], sums["half"], isthing, draws=400)
+    # Things: recall 1/2 without a false one, PQ 100 * 20 / (20 + 10).  Stuff: IoU of 8/16 is no match, so 20 of 40 right, 20 wrong twice.
+    assert difference == pytest.approx(100 - (100 * 20 / 30 + 100 * 20 / 40) / 2) and 0 < low < difference < high
+    again = train.paired_interval(sums["right"], sums["half"], isthing, draws=400)
+    assert again == (difference, low, high)
+
+
+def test_affinity_flags_that_contradict_each_other_end_in_a_sentence(capsys, trained, tmp_path):
+    assert "--no-affinity" in sentence(capsys, *AFFINITY, "--end-to-end", "none", "--steps", 1, "--out", tmp_path / "a")
+    assert "--variant B" in sentence(capsys, *AFFINITY, "--no-masks", "--variant", "A", "--steps", 1, "--out", tmp_path / "b")
+    assert "seamless" in sentence(capsys, "--eval", trained / "last.pt", "--readings")
+    assert "--eval" in sentence(capsys, "--readings")
+
+
+def test_a_checkpoint_from_before_a_flag_existed_still_opens(trained, tmp_path):
+    """Its run's arguments are laid over the recipe of today."""
+    state = torch.load(trained / "last.pt", weights_only=True)
+    for flag in ("semantic_loss", "roi_mask_loss", "excitation", "score_threshold"):
+        del state["args"][flag]
+    torch.save(state, tmp_path / "old.pt")
+    call("--eval", tmp_path / "old.pt", "--eval-count", 1, "--out", tmp_path)
+    assert (tmp_path / "metrics.json").exists()
 
 
 def test_stages_whose_shares_do_not_round_still_fill_the_run(tmp_path, monkeypatch):
