@@ -370,6 +370,7 @@ def affinity_picture(bar=4.0):
     import train
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    torch.set_num_threads(2)
     torch.manual_seed(0)
     categories = [data.Category(str(i), i >= 11, (0, 0, 0)) for i in range(19)]
     # Untrained scores are all alike: every cut-off at 0, so that a hundred detections come through.
@@ -412,8 +413,8 @@ def affinity_picture(bar=4.0):
     print(f"1024x2048, ResNet-50, {count} detections with masks, {len(channels)} channels, {torch.cuda.get_device_name() if cuda else 'float32 on the CPU'}")
     for name, seconds in times.items():
         print(f"  {name:28s} {1e3 * seconds:9.1f} ms")
-    mine = sum(times[k] for k in ("potential", "affinity head", "argmax at full size"))
-    print(f"  potential, head and argmax   {1e3 * mine:9.1f} ms, {mine / times['Seamless\'s fusion instead']:.2f} times the fusion\n"
+    mine, fusion = sum(times[k] for k in ("potential", "affinity head", "argmax at full size")), times["Seamless's fusion instead"]
+    print(f"  potential, head and argmax   {1e3 * mine:9.1f} ms, {mine / fusion:.2f} times the fusion\n"
           f"the whole picture, first time: {whole:.1f} s; memory that it adds {peak / 2**30:.2f} GiB (bar: {bar:.0f} GB)")
     assert peak <= bar * 1e9 or cuda
 
@@ -425,6 +426,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
     chosen = parser.parse_args().subjects or list(SUBJECTS)
+    if chosen[0] in PARTS:
+        sys.exit(PARTS[chosen[0]]())
     if unknown := [name for name in chosen if name not in SUBJECTS]:
         parser.error(f"no such subject: {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
     torch.set_num_threads(1)

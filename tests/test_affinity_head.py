@@ -973,3 +973,56 @@ def test_trimming_nothing_gives_nothing():
     got, kinds, scores = ah.trim_small_stuff(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64),
                                              torch.zeros(0), ISTHING, 9)
     assert not got.any() and got.shape == (3, 4) and kinds.shape == scores.shape == (0,)
+
+
+# --- The demo's data ---------------------------------------------------------------------------------------------------
+
+def test_the_demos_detections_are_smaller_by_a_quarter_moved_by_a_tenth_and_a_fifth_of_them_doubled():
+    """What the demo says about its boxes, on 60 of its pictures; scores of doubles are lower than any first one's."""
+    isthing, things, doubles = torch.tensor([thing for _, thing in ah.CATEGORIES]), 0, 0
+    for i in range(60):
+        image, target, v, boxes, scores, categories = ah.scene(i, isthing)
+        true = target.boxes[isthing[target.categories]]
+        n = len(true)
+        assert image.shape == (3, 128, 192) and 0 <= image.min() and image.max() <= 1
+        assert torch.equal(categories[:n], target.categories[isthing[target.categories]])
+        assert (scores[:n] >= .75).all() and (scores[n:] < .75).all() and (scores >= .5).all() and (scores <= 1).all()
+        size, middle = boxes[:n, 2:] - boxes[:n, :2], (boxes[:n, 2:] + boxes[:n, :2]) / 2
+        torch.testing.assert_close(size, .75 * (true[:, 2:] - true[:, :2]))
+        moved = (middle - (true[:, 2:] + true[:, :2]) / 2) / (true[:, 2:] - true[:, :2])
+        torch.testing.assert_close(moved.norm(dim=1), torch.full((n,), .1), rtol=1e-3, atol=1e-5)
+        things, doubles = things + n, doubles + len(boxes) - n
+    assert .12 < doubles / things < .28
+
+
+def test_the_demos_semantic_map_is_a_degraded_truth():
+    """Probabilities, at stride 4, right for most cells and wrong for some; boxes and ids of its targets from their masks."""
+    isthing = torch.tensor([thing for _, thing in ah.CATEGORIES])
+    right = total = 0
+    for i in range(20):
+        _, target, v, *_ = ah.scene(i, isthing)
+        assert v.shape == (4, 32, 48)
+        torch.testing.assert_close(v.sum(0), torch.ones(32, 48))
+        truth = target.categories[target.segments - 1][2::4, 2::4]
+        right, total = right + int((v.argmax(0) == truth).sum()), total + truth.numel()
+        assert target.segments.unique().tolist() == list(range(1, len(target.categories) + 1))
+        for k, box in enumerate(target.boxes.tolist(), 1):
+            y, x = torch.where(target.segments == k)
+            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+    assert .8 < right / total < .99
+
+
+def test_the_demos_encoder_gives_the_four_strides():
+    """A pyramid like the network's: strides 4, 8, 16, 32, and it knows where a pixel is."""
+    torch.manual_seed(0)
+    maps = ah.Encoder(8).eval()(torch.zeros(2, 3, 128, 192))
+    assert {s: tuple(m.shape) for s, m in maps.items()} == {s: (2, 8, 128 // s, 192 // s) for s in (4, 8, 16, 32)}
+    inner = maps[4][0, :, 12:-12, 12:-12]
+    assert inner.flatten(1).std(1).max() > 1e-3                               # of an even picture: only the place can differ
+
+
+def test_memory_of_the_right_order_grows_with_the_pixels_and_that_of_the_left_with_their_square():
+    """3.4.2, measured in processes of their own: the dense order at 8192 pixels holds 256 MiB, the other less than a tenth."""
+    left, right = ah.measured("left", [2048, 8192]), ah.measured("right", [8192, 32768])
+    assert left[8192][1] >= 4 * 8192**2 and right[8192][1] < .1 * left[8192][1]
+    assert left[8192][1] / left[2048][1] > 8 and right[32768][1] / right[8192][1] < 6
