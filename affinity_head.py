@@ -280,7 +280,9 @@ def panoptic_matching_loss(potential, boxes, categories, target, isthing, scale=
     """Section 3.5, one image: cross entropy of softmax(scale P) against T*, mean over the pixels that have a target.  Scalar.
 
     potential: P [D + N_st, h, w]; boxes [D, 4], categories [D] of its first D channels; target of the image; isthing bool [C].
-    The truth is read at the centre of each cell of the map.  No pixel with a target: 0, with gradients.
+    The truth is read at the centre of each cell of the map.  No pixel with a target: 0, with gradients.  (Where a side is no
+    multiple of the stride the cells of truth and result share it evenly, as every resizing here has it, while boxes are gated
+    in whole strides: less than a cell apart, at the far border.)
 
     Choice: `scale`.  Psi lies in [0, 1], and a softmax of numbers in [0, 1] is never sure: with K channels the loss of the
     perfect potential is log(1 + (K - 1) / e), 2.9 for K = 50, and its gradient would go on pulling at pixels that are right.
