@@ -389,15 +389,17 @@ def measure(order, sizes, channels=128, instances=153):
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if cuda else resident(peak=True)
         print(hw, seconds, max(peak - before, out.numel() * 4), flush=True)
         del q, psi, out
 
 
-def resident():
-    """Bytes of memory that this process holds now (Linux), or its peak so far where the system does not tell."""
+def resident(peak=False):
+    """Bytes of memory that this process holds now, or held at most.  From Linux's own table: getrusage's peak, which serves where
+    there is none, is inherited from the process that started this one."""
     try:
-        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        key = "VmHWM:" if peak else "VmRSS:"
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

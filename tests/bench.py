@@ -363,7 +363,6 @@ def affinity():
 
 def affinity_picture(bar=4.0):
     """In a process of its own: a 1024x2048 picture with 100 detections and masks, part by part, and the memory that it adds."""
-    import resource
     import affinity_head
     import data
     import seamless
@@ -398,7 +397,7 @@ def affinity_picture(bar=4.0):
         start = time.perf_counter()
         prediction = model.predict(image[0])
         whole = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = torch.cuda.max_memory_allocated() if cuda else affinity_head.resident(peak=True) - before
         count = len(prediction.instances["scores"])
         features = timed("ResNet-50 and pyramid", lambda: base.body(image))
         found = timed("boxes and masks", lambda: base.detect(features, size)[0])

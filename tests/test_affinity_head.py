@@ -1023,7 +1023,7 @@ def test_the_demos_encoder_gives_the_four_strides():
 
 def test_memory_of_the_right_order_grows_with_the_pixels_and_that_of_the_left_with_their_square():
     """3.4.2, measured in processes of their own: the dense order at 8192 pixels holds 256 MiB, the other at four times as many
-    pixels less than a quarter of that (20 MiB of results, and up to 40 that the library takes at first)."""
+    pixels less than a quarter of that (20 MiB of results, and what the library takes for itself)."""
     left, right = ah.measured("left", [1024, 2048, 8192]), ah.measured("right", [1024, 32768, 131072])
     assert left[8192][1] >= 4 * 8192**2 and right[32768][1] < .25 * left[8192][1]
     assert left[8192][1] / left[2048][1] > 8 and right[131072][1] / right[32768][1] < 6
