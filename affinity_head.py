@@ -223,8 +223,8 @@ class InstanceAffinityHead(nn.Module):
 # Choice: a pair whose boxes do not overlap at all is no match, although the sum would not object.
 
 def assign(gain):
-    """The one-to-one assignment of rows to columns with the largest sum: gain [G, D] >= 0 -> column of each row, NumPy int64 [G], -1
-    where a row gets none, or one of gain 0.  Exact (the Hungarian method with shortest augmenting paths, O(n^3)).
+    """The one-to-one assignment of rows to columns with the largest sum: gain [G, D] >= 0 -> column of each row, NumPy int64
+    [G], -1 where a row gets none, or one of gain 0.  Exact (the Hungarian method with shortest augmenting paths, O(n^3)).
 
     Row after row is brought in.  Prices on rows and columns keep all reduced costs >= 0, so Dijkstra finds the cheapest
     chain of "take his column, he takes another" that ends in a free column; then everybody on the chain moves on."""
@@ -336,6 +336,11 @@ def lovasz_hinge(logits, truth):
 
 # --- 3.4.2 and C: inference ---------------------------------------------------------------------------------------------
 
+def new_numbers(keep):
+    """keep bool [N] -> int64 [N + 1]: the new number of segment 0 (void), 1, .., N where those not kept become void."""
+    return F.pad(keep.cumsum(0) * keep, (1, 0))
+
+
 @torch.no_grad()
 def segment(potential, categories, scores, size, chunk=8):
     """Argmax over the channels, nothing else: P [K, h, w], category of each channel [K], scores [D] of the first D channels,
@@ -350,9 +355,8 @@ def segment(potential, categories, scores, size, chunk=8):
         better = p > best
         winner, best = torch.where(better, k + c, winner), torch.where(better, p, best)
     wins = torch.bincount(winner.flatten() + 1, minlength=len(potential) + 1)[1:] > 0
-    number = torch.cat([wins.new_zeros(1), wins]).cumsum(0) * torch.cat([wins.new_zeros(1), wins])
     scores = torch.cat([scores.float(), scores.new_ones(len(potential) - len(scores), dtype=torch.float32)])
-    return number[winner + 1], categories[wins], scores[wins]
+    return new_numbers(wins)[winner + 1], categories[wins], scores[wins]
 
 
 def trim_small_stuff(segments, categories, scores, isthing, area):
@@ -362,8 +366,7 @@ def trim_small_stuff(segments, categories, scores, isthing, area):
     stuff category that is not there counts as much against PQ as a missed bus.  The paper's numbers have it on."""
     count = torch.bincount(segments.flatten(), minlength=len(categories) + 1)[1:]
     keep = torch.as_tensor(isthing, device=segments.device)[categories] | (count >= area)
-    number = torch.cat([keep.new_zeros(1), keep]).cumsum(0) * torch.cat([keep.new_zeros(1), keep])
-    return number[segments], categories[keep], scores[keep]
+    return new_numbers(keep)[segments], categories[keep], scores[keep]
 
 
 # --- What to see: python affinity_head.py -------------------------------------------------------------------------------
@@ -419,7 +422,7 @@ class Truth:
     def __init__(self, segments, categories):
         ids = torch.arange(1, len(categories) + 1)
         keep = torch.bincount(segments.flatten(), minlength=len(ids) + 1)[1:] > 0
-        self.segments = torch.cat([keep.new_zeros(1), keep.cumsum(0) * keep])[segments].long()
+        self.segments = new_numbers(keep)[segments]
         self.categories, self.crowd = categories[keep], torch.zeros(int(keep.sum()), dtype=torch.bool)
         masks = self.segments == ids[:len(self.crowd), None, None]
         x, y = masks.any(1).float(), masks.any(2).float()
@@ -456,8 +459,8 @@ def draw_scene(generator, size=(128, 192), count=(5, 10)):
 def degrade(target, isthing, generator, stride=4):
     """What imperfect heads would say -> V [C, h, w], boxes [D, 4], scores [D], categories [D].
 
-    V: the truth, blurred by three cells and mixed up by smooth noise.  Boxes: of the true ones 25% smaller, moved by 10% of their size in a
-    random direction; a fifth of them found twice, moved otherwise, with a lower score."""
+    V: the truth, blurred by three cells and mixed up by smooth noise.  Boxes: the true ones, 25% smaller and moved by 10% of
+    their size in a random direction; a fifth of them found twice, moved otherwise, with a lower score."""
     h, w = (n // stride for n in target.segments.shape)
     c = len(isthing)
     v = F.one_hot(target.categories[target.segments - 1], c).movedim(-1, 0)[None].float()
@@ -470,13 +473,13 @@ def degrade(target, isthing, generator, stride=4):
     size, middle = target.boxes[chosen, 2:] - target.boxes[chosen, :2], (target.boxes[chosen, 2:] + target.boxes[chosen, :2]) / 2
     angle = 2 * math.pi * torch.rand(len(chosen), generator=generator)
     middle = middle + .1 * size * torch.stack([angle.cos(), angle.sin()], 1)
-    scores = torch.cat([.75 + .25 * torch.rand(len(things), generator=generator), .5 + .25 * torch.rand(len(twice), generator=generator)])
+    scores = torch.cat([low + .25 * torch.rand(len(found), generator=generator) for low, found in ((.75, things), (.5, twice))])
     return v, torch.cat([middle - .375 * size, middle + .375 * size], 1), scores, target.categories[chosen]
 
 
 class Encoder(nn.Module):
-    """The demo's own small pyramid: image [B, 3, H, W] -> {4, 8, 16, 32: [B, width, ..]}.  It is given the pixel's place as well: a
-    network of this size, trained for minutes, does not find out by itself which of two look-alikes is the left one."""
+    """The demo's own small pyramid: image [B, 3, H, W] -> {4, 8, 16, 32: [B, width, ..]}.  It is given the pixel's place as
+    well: so small a network, trained for minutes, does not find out by itself which of two look-alikes is the left one."""
     def __init__(self, width=32):
         super().__init__()
         def block(c_in, stride):
@@ -503,6 +506,12 @@ def scene(i, isthing, size=(128, 192), count=(5, 10)):
     return image, target, *degrade(target, isthing, generator)
 
 
+def mean_loss(potentials, batch, isthing):
+    """The matching loss of the potentials of a list of `scene`s."""
+    return sum(panoptic_matching_loss(p.cpu(), boxes, categories, target, isthing)
+               for p, (_, target, _, boxes, _, categories) in zip(potentials, batch)) / len(batch)
+
+
 def train_head(encoder, head, isthing, steps, device):
     """`steps` steps of 8 pictures: encoder and head learn from the panoptic matching loss alone."""
     optimiser, began = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 2e-3, weight_decay=1e-4), time.time()
@@ -510,20 +519,21 @@ def train_head(encoder, head, isthing, steps, device):
         optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         batch = [scene(8 * step + k, isthing) for k in range(8)]
         potentials = [dynamic_potential(*b[2:], isthing)[0].to(device) for b in batch]
-        outputs = [p.cpu() for p in head(encoder(torch.stack([b[0] for b in batch]).to(device)), potentials)]
-        loss = sum(panoptic_matching_loss(p, b[3], b[5], b[1], isthing) for p, b in zip(outputs, batch)) / len(batch)
+        outputs = head(encoder(torch.stack([b[0] for b in batch]).to(device)), potentials)
+        loss = mean_loss(outputs, batch, isthing)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if (step + 1) % 100 == 0:
-            before = sum(panoptic_matching_loss(p.cpu(), b[3], b[5], b[1], isthing) for p, b in zip(potentials, batch)) / len(batch)
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}, of the potential {before.item():.3f}  {time.time() - began:.0f} s", flush=True)
+            before = mean_loss(potentials, batch, isthing).item()
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}, of the potential {before:.3f}  {time.time() - began:.0f} s", flush=True)
 
 
 @torch.no_grad()
 def read(encoder, head, isthing, indices, device, sum_over=None, **how):
-    """Pictures `indices` by each reading -> {reading: PanopticQuality}.  With `sum_over` pixels the affinities are divided by that
-    number whatever the picture's size: a sum, as the formula without the division has it, calibrated on training pictures."""
+    """Pictures `indices` by each reading -> {reading: what PanopticQuality computes}.  With `sum_over` pixels the affinities are
+    divided by that number whatever the picture's size: a sum, as the formula without the division has it, calibrated on
+    training pictures."""
     from pq import PanopticQuality
     from seamless import fuse
     names = ["argmax over the potential", "Seamless's fusion heuristic", "affinity head"]
@@ -538,9 +548,10 @@ def read(encoder, head, isthing, indices, device, sum_over=None, **how):
         semantic = F.interpolate(v[None], size=tuple(size), mode="bilinear")[0].argmax(0)
         rows, columns = box_gate(boxes, size, 1)
         masks = rows[:, :, None] & columns[:, None] & (semantic == categories[:, None, None])
-        for name, found in zip(names, (segment(psi, channels, s, size), fuse(masks, s, categories, semantic, isthing, stuff_area=0),
-                                       segment(p, channels, s, size))):
-            scores[name].update(found[0], found[1], target.segments, target.categories)
+        results = (segment(psi, channels, s, size), fuse(masks, s, categories, semantic, isthing, stuff_area=0),
+                   segment(p, channels, s, size))
+        for name, (segments, found, _) in zip(names, results):
+            scores[name].update(segments, found, target.segments, target.categories)
     return {name: score.compute() for name, score in scores.items()}
 
 
@@ -563,7 +574,8 @@ def demo(full=False):
   Q (Q^T Psi), operations                               5 billion | {2 * cheap / 1e9:.2f} billion ({cheap / 1e9:.2f} G multiply-adds)
   saved against (Q Q^T) Psi                                 99.8% | {100 * (1 - cheap / dense):.1f}%
   Q (Q^T Psi), measured                                           | {right[65000][0]:.2f} s, {right[65000][1] / 2**20:.0f} MiB
-  (Q Q^T) Psi at a quarter of the pixels, measured                | {left[16384][0]:.2f} s, {left[16384][1] / 2**20:.0f} MiB""", flush=True)
+  (Q Q^T) Psi at a quarter of the pixels, measured                | {left[16384][0]:.2f} s, {left[16384][1] / 2**20:.0f} MiB""",
+          flush=True)
     try:
         import pq  # noqa: F401
         import seamless  # noqa: F401
@@ -606,9 +618,11 @@ def draw_figure(encoder, head, isthing, unseen, device, left, right):
         k = int(torch.bincount(truth[mended], minlength=1).argmax())          # the object that gained most
         y, x = torch.where(mended & (truth == k))
         if len(y):
-            far = ((x - (boxes[k, 0] + boxes[k, 2]) / 2) ** 2 + (y - (boxes[k, 1] + boxes[k, 3]) / 2) ** 2).argsort()[len(y) * 3 // 4]
+            middle = (boxes[k, :2] + boxes[k, 2:]) / 2
+            far = ((x - middle[0]) ** 2 + (y - middle[1]) ** 2).argsort()[len(y) * 3 // 4]
             heard = head.affinity(features, (x[far].item(), y[far].item())).cpu()
-            chosen.append((int(mended.sum()) - int(((before == truth) & (after != truth)).sum()), image, boxes, before, after, truth, heard, (x[far], y[far])))
+            gain = int(mended.sum()) - int(((before == truth) & (after != truth)).sum())
+            chosen.append((gain, image, boxes, before, after, truth, heard, (x[far], y[far])))
     chosen.sort(key=lambda c: -c[0])
     fig = plt.figure(figsize=(12, 8), layout="constrained")
     upper, lower = fig.subfigures(2, 1, height_ratios=(2.2, 1))

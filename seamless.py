@@ -416,13 +416,16 @@ class RegionSegmentationHead(nn.Module):
         truth = mask_targets(torch.stack([t.segments for t in targets]), owner, torch.cat(segment), boxes, mask.shape[-1])
         return {**losses, "rsh_mask": self.mask_loss(mask, truth) if len(mask) else mask.sum()}
 
-    def detect(self, features, proposals, image_size):
+    def detect(self, features, proposals, image_size, score_threshold=None):
         """Proposals to detections, second NMS per class, masks from the corrected boxes (3.5).  -> a dict an image: boxes [D, 4],
-        scores [D] (with gradient), classes [D] in 0..classes - 1, masks [D, 28, 28] (logits; none without that branch), best score first."""
+        scores [D] (with gradient), classes [D] in 0..classes - 1, masks [D, 28, 28] (logits; none without that branch), best
+        score first.  Those above `score_threshold`, by default 0.05: AP wants many.  Whoever wants the sure ones only saves
+        the masks of the others; the boxes are the same, for NMS lets nobody suppress his better."""
+        least = self.score_threshold if score_threshold is None else score_threshold
         logits, deltas = self.classify(self.pool(features, proposals))
         found = []
         for p, s, d in zip(proposals, logits.softmax(1).split([len(p) for p in proposals]), deltas.split([len(p) for p in proposals])):
-            which, cls = torch.where(s[:, 1:].detach() > self.score_threshold)
+            which, cls = torch.where(s[:, 1:].detach() > least)
             boxes = clip_boxes_to_image(decode(d[which, cls].detach(), p[which]), image_size)
             score = s[which, cls + 1]
             keep = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
@@ -625,14 +628,14 @@ class Seamless(nn.Module):
                   "semantic": self.semantic_loss(resize_logits(logits.float(), image_size), truth)}
         return losses, proposals, logits
 
-    def detect(self, features, image_size, proposals=None):
+    def detect(self, features, image_size, proposals=None, score_threshold=None):
         """features of a batch -> per image a dict of boxes [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28]
         (logits).  One path for training and testing: heads that stand on detections meet at test time what they learnt on.
-        `proposals` spares a second look at the anchors where `learn` has had the first."""
+        `proposals` spares a second look at the anchors where `learn` has had the first; detections above `score_threshold`."""
         if proposals is None:
             scores, deltas, anchors, level = self.proposal_head(features, image_size)
             proposals = [self.proposal_head.proposals(s, d, anchors, level, image_size) for s, d in zip(scores, deltas)]
-        found = self.region_head.detect(features, proposals, image_size)
+        found = self.region_head.detect(features, proposals, image_size, score_threshold)
         for f in found:
             f["categories"] = self.things[f.pop("classes")]
         return found

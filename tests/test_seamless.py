@@ -735,6 +735,19 @@ def test_detect_corrects_scores_and_suppresses_per_class():
     assert suppressed > 3
 
 
+def test_who_wants_the_sure_ones_gets_the_same_as_who_leaves_out_the_others():
+    """detect(score_threshold): nobody is suppressed by a worse one, so a higher bar changes none of those above it."""
+    head, features = region_head(score_threshold=0.2, nms_threshold=0.2, detections=7)
+    proposals = [random_boxes(16, 96, 64, 18, smallest=16), random_boxes(12, 96, 64, 19, smallest=16)]
+    bar = head.detect(features, proposals, (64, 96))[0]["scores"].median().item()
+    left_out = 0
+    for few, all_ in zip(head.detect(features, proposals, (64, 96), bar), head.detect(features, proposals, (64, 96))):
+        sure = all_["scores"] > bar
+        left_out += int((~sure).sum())
+        assert all(torch.allclose(few[k].float(), all_[k][sure].float(), atol=1e-5) and len(few[k]) == int(sure.sum()) for k in all_)
+    assert left_out > 2
+
+
 def test_two_classes_may_claim_the_same_place():
     """3.5: "this time independently per class": one box, two classes of .47 each: both survive, one of each."""
     head, features = region_head()

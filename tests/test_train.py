@@ -325,8 +325,7 @@ def test_every_row_of_the_affinity_papers_tables_trains_and_predicts(words, tmp_
 def test_the_panoptic_loss_reaches_detector_scores_semantics_and_masks_or_the_head_alone():
     """Li et al. 2020, A.4: "gradients from the panoptic segmentation submodule flow to the object detection submodule"."""
     for end_to_end, everywhere in (("all", True), ("head", False)):
-        model = affinity_model(end_to_end=end_to_end)
-        model.base.region_head.score_threshold = 0.0             # untrained scores are low: let some through
+        model = affinity_model(end_to_end=end_to_end, score_threshold=0.0)      # untrained scores are low: let all through
         model.losses(*street_crops())["panoptic"].backward()
         region = model.base.region_head
         parts = {"scores": region.out, "masks": region.mask, "semantics": model.base.semantic_head, "backbone": model.base.body.stages[-1]}
@@ -334,6 +333,19 @@ def test_the_panoptic_loss_reaches_detector_scores_semantics_and_masks_or_the_he
         for name, part in parts.items():
             moved = sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None) > 0
             assert moved == everywhere, (end_to_end, name)
+
+
+def test_the_panoptic_loss_trains_on_the_detections_that_inference_would_take():
+    """Section 3.5 and B: predicted detections, above the cut-off of inference; true boxes have a score of 1 and stay."""
+    counts = {}
+    for cut_off, true_boxes in ((0.0, False), (0.21, False), (1.0, False), (1.0, True)):
+        model, seen = affinity_model(score_threshold=cut_off, true_boxes=true_boxes), []
+        potential = model.potential
+        model.potential = lambda found, logits: (seen.append(found), potential(found, logits))[1]
+        model.losses(*street_crops())["panoptic"].backward()
+        assert true_boxes or all((f["scores"] > cut_off).all() for f in seen)
+        counts[cut_off, true_boxes] = sum(len(f["scores"]) for f in seen)
+    assert counts[0.0, False] > counts[0.21, False] > counts[1.0, False] == 0 < counts[1.0, True]
 
 
 def test_the_affinity_papers_loss_weights_multiply_their_losses():
