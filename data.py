@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image  # which torchvision brings along; its own io reads 16-bit PNG in late versions only
+from torchvision.transforms.functional import adjust_hue
 
 
 class DataError(ValueError):
@@ -97,13 +98,15 @@ def flip(sample):
     return replace(sample, image=sample.image.flip(-1), segments=sample.segments.flip(-1))
 
 
-def colour_jitter(image, generator, strength):
-    """Brightness, contrast, saturation of an image [3, H, W], each times a factor in 1 - strength .. 1 + strength."""
+def colour_jitter(image, generator, strength, hue=0.0):
+    """Brightness, contrast, saturation of an image [3, H, W], each times a factor in 1 - strength .. 1 + strength; then the hue
+    turned by up to `hue` of the colour circle, either way."""
     brightness, contrast, saturation = (1 + strength * (2 * torch.rand(3, generator=generator) - 1)).tolist()
     image = image * brightness
     image = image.mean() + (image - image.mean()) * contrast
     grey = image.mean(0, keepdim=True)
-    return (grey + (image - grey) * saturation).clamp(0, 1)
+    image = (grey + (image - grey) * saturation).clamp(0, 1)
+    return adjust_hue(image, hue * (2 * torch.rand((), generator=generator).item() - 1)) if hue else image
 
 
 def crop(sample, top, left, size, image_id=0, instance=0, scale=1.0):

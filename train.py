@@ -62,7 +62,7 @@ class UserError(Exception):
 # 512x1024) in less memory; that paper's own schedule is not in the text at hand.  `--no-freeze` is the 2019 "no freeze, decay BN".
 PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=224, anchor_scale=8, ratios=[0.5, 1, 2], rois=512,
              proposals=1000, window=64, stuff_area=4096, sampler="isus", crop=[512, 1024], batch=16, short_side=1024,
-             scale=[0.5, 2.0], scale_things=[0.5, 2.0], jitter=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
+             scale=[0.5, 2.0], scale_things=[0.5, 2.0], jitter=0.0, hue=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
              frozen=2, no_freeze=False, interval=50, eval_count=0, semantic_loss="hardest", roi_mask_loss="bce", excitation=False,
              score_threshold=0.5)
 RECIPES = {
@@ -109,13 +109,13 @@ RECIPES["cells"] = {**RECIPES["street"], **dict(method="adaptis", sampler="full"
                                                 canonical=112, anchor_scale=8, extra=0, ratios=[0.33, 1, 3], rois=128, proposals=200, jitter=0.0, batch=4, steps=137500,
                                                 lr=0.02, drops=[35 / 55, 45 / 55], scenes=10000, eval_count=200)}
 # Li et al. 2020, section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps from a third, relighting
-# ("a small amount": jitter of 0.2 is ours); loss weights of detection, semantics, panoptic; variant B; Lovász losses.  Random crops and
+# ("a small amount": a jitter of 0.2 and a twentieth of the colour circle are ours); loss weights of detection, semantics, panoptic; variant B; Lovász losses.  Random crops and
 # the standard box loss: the paper knows neither ISUS nor CABB.
-LI = dict(sampler="uniform", box_loss="standard", jitter=0.2, batch=32, steps=65000, warmup=500, drops=[40 / 65, 55 / 65], loss_weights=[0.25, 1.0, 1.0],
+LI = dict(sampler="uniform", box_loss="standard", jitter=0.2, hue=0.05, batch=32, steps=65000, warmup=500, drops=[40 / 65, 55 / 65], loss_weights=[0.25, 1.0, 1.0],
           semantic_loss="lovasz", roi_mask_loss="lovasz", excitation=True, variant="B", affinity_channels=128, masks=True, affinity=True,
           end_to_end="all", true_boxes=False, reading="affinity")
 PLAIN = {**LI, **dict(semantic_loss="cross-entropy", roi_mask_loss="bce")}          # "a cross-entropy loss, unless otherwise stated"
-STREET = {**PLAIN, **dict(batch=4, jitter=0.1, lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], loss_weights=[1.0, 1.0, 0.25], variant="C", affinity_channels=64)}
+STREET = {**PLAIN, **dict(batch=4, jitter=0.1, hue=0.0, lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], loss_weights=[1.0, 1.0, 0.25], variant="C", affinity_channels=64)}
 AFFINITY = {
     "street": STREET,
     "cells": {**STREET, **dict(sampler="full", jitter=0.0, steps=137500, lr=0.02, drops=[35 / 55, 45 / 55])},
@@ -196,7 +196,7 @@ def build_sampler(dataset, args, world, folder, start):
         folder.parent.mkdir(parents=True, exist_ok=True)
         cache = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
         share = world.rank, world.size, args["workers"]
-    colour = functools.partial(data.colour_jitter, strength=args["jitter"]) if args["jitter"] else None
+    colour = functools.partial(data.colour_jitter, strength=args["jitter"], hue=args["hue"]) if args["jitter"] else None
     try:
         if args["sampler"] in ("isus", "cus"):
             index = isus.build_index(dataset, cache, *share)
@@ -979,7 +979,7 @@ def parse(argv):
     run.add_argument("--eval-every", type=int, help="evaluate every so many steps into curve.csv, 0: at the end only")
     numbers(run, float, lr="learning rate", lr_body="of AdaptIS's backbone",
             proposal_share="of the steps, for AdaptIS's proposal branch", clip="norm of the gradients", decay="weight decay",
-            jitter="of colours, 0..1", flip="share of mirrored pictures")
+            jitter="of colours, 0..1", hue="turn of the colours where they are jittered, 0..0.5 of their circle", flip="share of mirrored pictures")
     run.add_argument("--scale", type=float, nargs=2, metavar=("LO", "HI"), help="random scale of a training picture")
     run.add_argument("--scale-things", type=float, nargs=2, metavar=("LO", "HI"), help="limits of the scale that ISUS gives an instance")
     run.add_argument("--drops", type=float, nargs="*", help="shares of the run after which the rate falls to a tenth")

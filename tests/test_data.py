@@ -1,4 +1,5 @@
 """The spec of data.py: crops against explicit loops, data sets against tiny hand-written trees, and a frozen street."""
+import colorsys
 import json
 import multiprocessing
 import zlib
@@ -198,6 +199,21 @@ def test_colour_jitter_follows_its_generator_and_formula():
             grey = sum(pixel) / 3
             expected = [min(max(grey + (v - grey) * s, 0), 1) for v in pixel]
             assert out[:, y, x].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_turned_hue_is_that_of_colorsys_and_comes_last():
+    """Relighting: hue, by up to `hue` of the colour circle; brightness, contrast and saturation are drawn before it, as without it."""
+    image, turns = torch.rand(3, 4, 5), []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        plain, turned = colour_jitter(image, generator, .1), colour_jitter(image, torch.Generator().manual_seed(seed), .1, hue=.2)
+        turn = .2 * (2 * torch.rand((), generator=generator).item() - 1)
+        turns.append(turn)
+        for y in range(4):
+            for x in range(5):
+                h, s, v = colorsys.rgb_to_hsv(*plain[:, y, x].tolist())
+                assert turned[:, y, x].tolist() == pytest.approx(colorsys.hsv_to_rgb((h + turn) % 1, s, v), abs=1e-4)
+    assert min(turns) < 0 < max(turns)
 
 
 # --- The street ---
