@@ -7,7 +7,7 @@ glue, and the glue cannot mend anything: if a box cuts off the front of a car, t
 
 The idea.  One channel for each detection and for each stuff category, all of them side by side, and argmax decides:
 
-    semantic probabilities V [C, h, w] --.
+    semantic probabilities V [N, h, w] --.
     boxes B, scores s, classes c  -------+--> potential Psi [D + N_st, h, w]                      (3.4.1, no parameters)
     masks M, if there are any -----------'          |
                                                     v
@@ -17,8 +17,8 @@ The idea.  One channel for each detection and for each stuff category, all of th
                                 testing:  argmax over the channels.  That is all.
 
 A says for each PAIR of pixels how much they belong to the same instance.  A pixel that the box cut off hears through A
-from its fellows inside the box which channel it belongs to.  A is HW x HW, 15.7 GiB for one picture; but A Psi needs no
-A:  (Q Q^T) Psi = Q (Q^T Psi),  and Q^T Psi is a tiny matrix.  The number of channels may differ from picture to picture,
+from its fellows inside the box which channel it belongs to.  A is HW x HW, 15.7 GiB for a picture of 800x1300; but A Psi
+needs no A:  (Q Q^T) Psi = Q (Q^T Psi),  and Q^T Psi is a tiny matrix.  The number of channels may differ from picture to picture,
 for all weights are in Q.
 
 What the paper claims: 99.8% fewer multiply-adds than with A; PQ 61.4 on Cityscapes and 43.4 on COCO with a ResNet-50;
@@ -28,14 +28,14 @@ competitive without any object masks; training on predicted boxes gives +0.4 PQ 
     python train.py --method affinity   on the whole network; --no-masks, --no-affinity, --true-boxes, --variant A|B|C
     pytest tests/test_affinity_head.py  the claims of this file as an executable spec
 
-An image is float32 [3, H, W] in 0..1, its maps [.., h, w] at stride d = 4.  Boxes are float [D, 4], x1 y1 x2 y2 in pixels
+An image is float32 [3, H, W] in 0..1, its maps [.., h, w] at stride d = 4; the paper's HW counts the pixels of a MAP, h w, and
+its C the channels of Q; the categories are N = N_st + N_th.  Boxes are float [D, 4], x1 y1 x2 y2 in pixels
 of the image, half open.  Segments are int64 [H, W]: 0 is void, k > 0 is segment k, of category `categories[k - 1]`.
 A target has `segments`, `categories` [N], `crowd` [N] and `boxes` [N, 4], of what shows of each segment.
 """
 import argparse
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -64,11 +64,11 @@ IGNORE = -1                                                   # a pixel that no 
 # Choice: the box gates the sum of variant C as well; else V of all cars would leak into the channel of each car.
 
 def box_gate(boxes, size, stride=4):
-    """[i in B_k] as two vectors a box: rows bool [D, h], columns bool [D, w]; their outer product is the gate.
+    """[i in B_k] as two bool vectors per box: rows bool [D, h], columns bool [D, w]; their outer product is the gate.
 
     boxes [D, 4] in pixels, `size` (h, w) of the map.  A cell is in a box if its centre, at ((j + .5) d, (i + .5) d), is.
     Choice: a box so thin that it contains no centre keeps the row (column) of cells in which its own middle lies: an object
-    of three pixels is to have a place on a map of stride 4 too.  A box wholly beside the map has none."""
+    of three pixels is to have a place on a map of stride 4 too.  A box whose middle is off the map as well has none."""
     gates = []
     for lo, hi, n in ((boxes[:, 1:2], boxes[:, 3:4], size[0]), (boxes[:, 0:1], boxes[:, 2:3], size[1])):
         cell = torch.arange(n, device=boxes.device)
@@ -81,8 +81,9 @@ def box_gate(boxes, size, stride=4):
 
 def paste(masks, boxes, size, stride=4):
     """Raw masks [D, s, s] in their boxes -> [D, h, w]: "resized to their actual dimensions and pasted" (3.4.1), bilinear.
+    Choice: they are logits here, and become probabilities after they are resized.
 
-    Bilinear interpolation is separable: two matrix products A_y M A_x^T with a row of hat weights for a cell of the map.
+    Bilinear interpolation is separable: two matrix products, R_y M R_x^T, with a row of hat weights for a cell of the map.
     Beyond its box a mask goes on with the value at its rim; the gate of the potential cuts that off.  With gradients."""
     def hats(lo, hi, n):                                                      # [D], [D] -> [D, n, s]
         s = masks.shape[-1]
@@ -90,18 +91,20 @@ def paste(masks, boxes, size, stride=4):
         u = ((centre - lo[:, None]) / (hi - lo).clamp(min=1e-6)[:, None] * s - 0.5).clamp(0, s - 1)
         return (1 - (u[..., None] - torch.arange(s, device=masks.device)).abs()).relu()
     masks, boxes = masks.float(), boxes.detach().float()
-    return hats(boxes[:, 1], boxes[:, 3], size[0]) @ masks @ hats(boxes[:, 0], boxes[:, 2], size[1]).mT
+    with torch.autocast(masks.device.type, enabled=False):                    # products of coordinates want float32
+        return hats(boxes[:, 1], boxes[:, 3], size[0]) @ masks @ hats(boxes[:, 0], boxes[:, 2], size[1]).mT
 
 
 def dynamic_potential(semantic, boxes, scores, categories, isthing, stride=4, masks=None, variant="B"):
     """Section 3.4.1, formulas above: one channel for each of D detections, then one for each stuff category.
 
-    semantic [C, h, w]: V, probabilities (variant A: logits); boxes [D, 4] in pixels; scores [D] in 0..1; categories [D], the
-    class of each detection among the C; isthing bool [C]; masks [D, h, w] pasted into the map: probabilities (A: logits) or
-    None.  -> potential [D + N_st, h, w], category of each channel int64 [D + N_st].  Gradients reach semantic, scores, masks.
+    semantic [N, h, w]: V, probabilities (variant A: logits); boxes [D, 4] in pixels; scores [D] in 0..1; categories [D], the
+    class of each detection among the N; isthing bool [N]; masks [D, h, w] pasted into the map: probabilities (A: logits) or
+    None.  -> potential [D + N_st, h, w], category of each channel int64 [D + N_st].  Gradients reach semantic, scores (not in
+    variant A, which does not look at them) and masks.
 
     Variant A follows UPSNet, where a thing's logits are 0 outside of its box.  So it wants masks, and a pixel whose logits of
-    all stuff are negative can fall to a box that it is not in; B and C have no such pixel.
+    all stuff are negative can fall to a box that it is not in; where there is stuff, B and C have no such pixel.
     ValueError: an unknown variant; variant A without masks; masks of another size than the map."""
     if variant not in ("A", "B", "C"):
         raise ValueError(f"variant must be 'A', 'B' or 'C', not {variant!r}")
@@ -123,8 +126,8 @@ def dynamic_potential(semantic, boxes, scores, categories, isthing, stride=4, ma
 
 
 # --- 3.4.2 Dense instance affinity head ---------------------------------------------------------------------------------
-# The text gives Q [HW, C], A = Q Q^T, and says that the product A Psi is computed as Q (Q^T Psi) and "added back to the
-# input", with "phi_0 and phi_1 each a 1x1 convolution followed by an activation".  A 1x1 convolution has a fixed number of
+# The text gives Q [HW, C], A = Q Q^T, says that the product A Psi is computed as Q (Q^T Psi) and added back to the input, and
+# that phi_0 and phi_1 are 1x1 convolutions, each followed by an activation.  A 1x1 convolution has a fixed number of
 # input channels, and Psi has a varying one, so phi_0 and phi_1 can act on Q only:
 #
 #     P = Psi + phi_1(Q) (phi_0(Q)^T Psi) / HW
@@ -153,7 +156,7 @@ class GroupNorm(nn.GroupNorm):
     """GN with 32 groups, fewer for thin layers so that a group has four channels at least.  In float32, as CUDA's autocast has it:
     on a CPU the bf16 kernel is many times slower."""
     def __init__(self, channels):
-        super().__init__(math.gcd(32, max(channels // 4, 1)), channels)
+        super().__init__(math.gcd(32, max(channels // 4, 1), channels), channels)
 
     def forward(self, x):
         return super().forward(x.float())
@@ -162,10 +165,9 @@ class GroupNorm(nn.GroupNorm):
 class FeatureDecoder(nn.Module):
     """The affinity feature extractor: {stride: [B, c_in, ..]} of strides 4 to 32 -> Q [B, channels, H/4, W/4].
 
-    "The same architecture as our semantic segmentation submodule", whose figure H is missing from the text: an earlier
-    design with "a Group Normalisation after each 3x3 convolution".  Choice: it is UPSNet's, the closest relative by the
-    paper's own word: the same 3x3 convolutions for all levels, upsampled, concatenated, one 1x1.
-    Choice: two plain convolutions (UPSNet's are deformable)."""
+    The paper's is that of its semantic submodule, whose figure H is missing from the text: an earlier design, modified by a
+    group norm after each 3x3 convolution.  Choice: it is UPSNet's, the closest relative by the paper's own word: the same
+    3x3 convolutions for all levels, upsampled, concatenated, one 1x1.  Choice: two plain convolutions (UPSNet's are deformable)."""
     def __init__(self, c_in, channels=128, layers=2):
         super().__init__()
         self.level = nn.Sequential(*[m for i in range(layers) for m in (
@@ -205,7 +207,8 @@ class InstanceAffinityHead(nn.Module):
                     for q, k, psi in zip(queries, keys, potentials)]
 
     def affinity(self, features, point, stride=4):
-        """How much the pixel at `point` (x, y) of the first image listens to every other one: A_i. times HW, [h, w]."""
+        """How much the pixel at `point` (x, y) of the first image listens to every other one: its row of A, times HW, [h, w].
+        Positive: it adds what that pixel says; negative: it takes it off."""
         queries, keys = self.factors(features)
         h, w = features[4].shape[-2:]
         i = int(point[1] // stride) * w + int(point[0] // stride)
@@ -213,13 +216,14 @@ class InstanceAffinityHead(nn.Module):
 
 
 # --- 3.5 Panoptic matching loss -----------------------------------------------------------------------------------------
-# The order of the channels is that of the detections, which nobody knows beforehand.  So the truth is renumbered: of all ways
-# to give each true segment a detection of its own (same class), T* is the one with the largest sum of box IoUs:
+# The order of the channels is that of the detections, which nobody knows beforehand.  So the truth is renumbered.  This formula
+# is lost as well; the text has it "by maximising the intersection over union between their bounding boxes".  Choice: of all
+# ways to give each true segment a detection of its own, of its class, T* is the one with the largest sum of box IoUs:
 #
 #     T* = argmax over one-to-one assignments m of  sum_k IoU(box(T_k), B_m(k)),      loss = cross entropy(softmax P, T*)
 #
-# Stuff needs no search, its channel is that of its category.  True things that got no detection have no channel: their pixels
-# are ignored.  Detections that got no truth are channels that are right nowhere: wherever they claim a pixel they lose.
+# Stuff needs no search, its channel is that of its category.  Choice: true things that got no detection have no channel, so
+# their pixels are ignored.  Detections that got no truth are channels that are right nowhere: wherever they claim a pixel they lose.
 # Choice: a pair whose boxes do not overlap at all is no match, although the sum would not object.
 
 def assign(gain):
@@ -280,13 +284,13 @@ def panoptic_matching_loss(potential, boxes, categories, target, isthing, scale=
     """Section 3.5, one image: cross entropy of softmax(scale P) against T*, mean over the pixels that have a target.  Scalar.
 
     potential: P [D + N_st, h, w]; boxes [D, 4], categories [D] of its first D channels; target of the image; isthing bool [C].
-    The truth is read at the centre of each cell of the map.  No pixel with a target: 0, with gradients.  (Where a side is no
-    multiple of the stride the cells of truth and result share it evenly, as every resizing here has it, while boxes are gated
-    in whole strides: less than a cell apart, at the far border.)
+    The truth is read at the centre of each cell of the map, whose cells share the picture's sides evenly.  No pixel with a
+    target: 0, with gradients.
 
-    Choice: `scale`.  Psi lies in [0, 1], and a softmax of numbers in [0, 1] is never sure: with K channels the loss of the
-    perfect potential is log(1 + (K - 1) / e), 2.9 for K = 50, and its gradient would go on pulling at pixels that are right.
-    With scale 10 that floor is log(1 + (K - 1) e^-10) = 0.002.  The argmax does not feel it."""
+    Choice: `scale`.  Psi lies in [0, 1] (variant C: [0, 2]), and a softmax of numbers in [0, 1] is never sure: with K channels
+    the loss of the perfect potential is log(1 + (K - 1) / e), 2.9 for K = 50, and its gradient would go on pulling at pixels
+    that are right.  With scale 10 that floor is log(1 + (K - 1) e^-10) = 0.002.  The argmax does not feel it.  Variant A
+    consists of logits already: scale 1."""
     isthing = torch.as_tensor(isthing, device=potential.device)
     channel = match_segments(target, boxes, categories, isthing)
     table = torch.cat([channel.new_tensor([IGNORE]), channel])                # of segment 0, 1, ..
@@ -298,7 +302,7 @@ def panoptic_matching_loss(potential, boxes, categories, target, isthing, scale=
     return F.cross_entropy(scale * potential.float()[None], truth[None], ignore_index=IGNORE, reduction="sum") / known
 
 
-# --- B Implementation details: the Lovász losses ------------------------------------------------------------------------
+# --- A.2 and B Implementation details: the Lovász losses ----------------------------------------------------------------
 # Both are "the" convex surrogate of the Jaccard loss 1 - IoU: errors are sorted, and each one is weighed with what the IoU
 # loses when this pixel goes wrong after all those with larger errors (Berman et al., CVPR 2018).
 
@@ -312,9 +316,9 @@ def lovasz_gradient(truth):
 
 
 def lovasz_softmax(logits, target):
-    """Semantic loss on Cityscapes: logits [B, C, h, w], target int64 [B, h, w] with IGNORE -> mean over the categories that
-    occur in the batch of the Lovász extension of 1 - IoU, errors |[c is true] - p(c)|.  The whole batch is one picture (B:
-    "the large number of crops per GPU enables us").  Nothing known: 0, with gradients."""
+    """Semantic loss on Cityscapes: logits [B, N, h, w], target int64 [B, h, w] with IGNORE -> mean over the categories that
+    occur in the batch of the Lovász extension of 1 - IoU, errors |[c is true] - p(c)|.  The batch of this process is one
+    picture (B: "the large number of crops per GPU enables us").  Nothing known: 0, with gradients."""
     p = logits.float().softmax(1).movedim(1, 0)[:, target != IGNORE]          # [C, P]
     truth = F.one_hot(target[target != IGNORE], logits.shape[1]).T.to(p.dtype)
     here = truth.any(1)
@@ -325,7 +329,7 @@ def lovasz_softmax(logits, target):
 
 
 def lovasz_hinge(logits, truth):
-    """Mask loss on Cityscapes: logits [N, ..], truth 0/1 of the same shape -> mean over the N masks of the Lovász extension of
+    """Mask loss (A.2): logits [N, ..], truth 0/1 of the same shape -> mean over the N masks of the Lovász extension of
     1 - IoU of the foreground, errors max(0, 1 - m) with the margin m = logit * (+1 where true, -1 elsewhere).  N = 0: 0."""
     if len(logits) == 0:
         return logits.sum()
@@ -346,8 +350,9 @@ def segment(potential, categories, scores, size, chunk=8):
     """Argmax over the channels, nothing else: P [K, h, w], category of each channel [K], scores [D] of the first D channels,
     `size` (H, W) -> segments int64 [H, W], categories [N], scores [N] (1 for stuff).
 
-    P is enlarged before the argmax (bilinear; a jagged edge otherwise), `chunk` channels at a time against the best so far:
-    all 153 of a 1024x2048 picture would take 1.3 GB.  Channels that win no pixel are no segments.  K = 0: all void."""
+    Choice: P is enlarged before the argmax (bilinear; a jagged edge otherwise), `chunk` channels at a time against the best
+    so far: all 153 of a 1024x2048 picture would take 1.3 GB.  Channels that win no pixel are no segments.  K = 0: all void;
+    without stuff a pixel that no box claims falls to the first detection."""
     best = potential.new_full(size, -torch.inf, dtype=torch.float32)
     winner = torch.full(size, -1, dtype=torch.long, device=potential.device)
     for c in range(0, len(potential), chunk):
@@ -383,6 +388,7 @@ def measure(order, sizes, channels=128, instances=153):
     for hw in sizes:
         q, psi = torch.rand(hw, channels, device=device), torch.rand(hw, instances, device=device)
         if cuda:
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         else:
@@ -398,13 +404,14 @@ def measure(order, sizes, channels=128, instances=153):
 
 
 def resident(peak=False):
-    """Bytes of memory that this process holds now, or held at most.  From Linux's own table: getrusage's peak, which serves where
-    there is none, is inherited from the process that started this one."""
+    """Bytes of memory that this process holds now, or held at most.  On Linux from the system's own table; getrusage's peak, which
+    serves for both elsewhere, includes that of the process that started this one."""
     try:
         key = "VmHWM:" if peak else "VmRSS:"
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measured(order, sizes):
@@ -420,11 +427,11 @@ CATEGORIES = [("wall", False), ("floor", False), ("ball", True), ("crate", True)
 class Truth:
     """The demo's target: segments [H, W], categories, crowd [N], boxes [N, 4] of what shows."""
     def __init__(self, segments, categories):
-        ids = torch.arange(1, len(categories) + 1)
-        keep = torch.bincount(segments.flatten(), minlength=len(ids) + 1)[1:] > 0
+        keep = torch.bincount(segments.flatten(), minlength=len(categories) + 1)[1:] > 0
         self.segments = new_numbers(keep)[segments]
-        self.categories, self.crowd = categories[keep], torch.zeros(int(keep.sum()), dtype=torch.bool)
-        masks = self.segments == ids[:len(self.crowd), None, None]
+        n = int(keep.sum())
+        self.categories, self.crowd = categories[keep], torch.zeros(n, dtype=torch.bool)
+        masks = self.segments == torch.arange(1, n + 1)[:, None, None]
         x, y = masks.any(1).float(), masks.any(2).float()
         first = [v.argmax(1) for v in (x, y)]
         last = [v.shape[1] - v.flip(1).argmax(1) for v in (x, y)]

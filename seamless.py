@@ -335,7 +335,7 @@ class GroupNorm(nn.GroupNorm):
     """GN with 32 groups (its paper's default), fewer for thin layers so that a group keeps four channels.  In float32, as CUDA's
     autocast has it: on a CPU the bf16 kernel is forty times slower."""
     def __init__(self, channels):
-        super().__init__(math.gcd(32, max(channels // 4, 1)), channels)
+        super().__init__(math.gcd(32, max(channels // 4, 1), channels), channels)
 
     def forward(self, x):
         return super().forward(x.float())

@@ -236,6 +236,14 @@ def test_a_mask_is_resized_to_its_box_bilinearly_and_goes_on_beyond_it(s, stride
     torch.testing.assert_close(got.double(), paste_by_loop(masks, boxes, (5, 6), stride), rtol=0, atol=2e-6)
 
 
+def test_autocast_does_not_blur_the_pasting():
+    """bf16 has 8 bits: a product of coordinates in it moves the edges of masks."""
+    masks, boxes = randn(seeded(0), 3, 28, 28).float(), torch.tensor([[3., 5, 90, 60], [0, 0, 30, 9], [50, 20, 128, 64]])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ah.paste(masks, boxes, (16, 32))
+    assert torch.equal(got, ah.paste(masks, boxes, (16, 32))) and got.dtype == torch.float32
+
+
 def test_a_mask_is_pasted_as_pytorch_samples_a_grid():
     """3.4.1, against F.grid_sample with the border repeated; stride 4 by default."""
     g = seeded(3)
@@ -470,7 +478,7 @@ def test_the_decoder_listens_to_every_level(level):
     assert f[level].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("channels, groups", [(128, 32), (256, 32), (64, 16), (20, 1), (8, 2), (4, 1)])
+@pytest.mark.parametrize("channels, groups", [(128, 32), (256, 32), (64, 16), (20, 1), (50, 2), (8, 2), (4, 1)])
 def test_group_norm_has_32_groups_or_at_least_four_channels_in_each(channels, groups):
     """B: Group Normalisation; in float32, and its output too, whatever comes in."""
     norm, x = ah.GroupNorm(channels), torch.randn(2, channels, 3, 5, generator=seeded(0))

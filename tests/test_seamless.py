@@ -540,7 +540,7 @@ def test_group_norm_computes_in_float32_whatever_it_is_given():
     torch.testing.assert_close(got, F.group_norm(x.float(), 2))
 
 
-@pytest.mark.parametrize("channels, groups", [(1024, 32), (256, 32), (128, 32), (64, 16), (48, 4), (16, 4), (8, 2), (4, 1), (3, 1)])
+@pytest.mark.parametrize("channels, groups", [(1024, 32), (256, 32), (128, 32), (64, 16), (48, 4), (50, 2), (16, 4), (8, 2), (4, 1), (3, 1)])
 def test_group_norm_has_32_groups_of_four_channels_or_more(channels, groups):
     """3.2: GN [52] with its default of 32 groups; thin layers have fewer."""
     assert GroupNorm(channels).num_groups == groups

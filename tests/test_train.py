@@ -341,11 +341,34 @@ def test_the_panoptic_loss_trains_on_the_detections_that_inference_would_take():
     for cut_off, true_boxes in ((0.0, False), (0.21, False), (1.0, False), (1.0, True)):
         model, seen = affinity_model(score_threshold=cut_off, true_boxes=true_boxes), []
         potential = model.potential
-        model.potential = lambda found, logits: (seen.append(found), potential(found, logits))[1]
+        model.potential = lambda found, *rest: (seen.append(found), potential(found, *rest))[1]
         model.losses(*street_crops())["panoptic"].backward()
         assert true_boxes or all((f["scores"] > cut_off).all() for f in seen)
         counts[cut_off, true_boxes] = sum(len(f["scores"]) for f in seen)
     assert counts[0.0, False] > counts[0.21, False] > counts[1.0, False] == 0 < counts[1.0, True]
+
+
+@pytest.mark.parametrize("size", [(128, 192), (125, 190), (126, 193)])
+def test_a_box_as_large_as_the_picture_owns_every_cell_whatever_the_sides(size):
+    """Sides that are no multiple of 4: the cells share the side evenly, and so do boxes and masks."""
+    model = affinity_model(score_threshold=0.0).eval()
+    h, w = (-(-n // 4) for n in size)
+    found = {"boxes": torch.tensor([[0., 0., size[1], size[0]], [size[1] / 2, 0, size[1], size[0]]]), "scores": torch.ones(2),
+             "categories": torch.where(model.base.isthing)[0][:2], "masks": torch.full((2, 28, 28), 3.)}
+    psi, _ = model.potential(found, torch.zeros(len(model.base.isthing), h, w), size)
+    assert (psi[0] > 0).all() and (psi[1] > 0).sum(1).eq(w - w // 2 if w % 2 == 0 else (w + 1) // 2).all() and (psi[1][:, -1] > 0).all()
+
+
+def test_logits_of_variant_a_are_not_scaled_again():
+    """Choice: softmax(10 P) is for potentials in [0, 1]; those of variant A are logits."""
+    seen = []
+    for variant in "ABC":
+        model = affinity_model(variant=variant)
+        loss = train.affinity_head.panoptic_matching_loss
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.affinity_head, "panoptic_matching_loss", lambda *a: (seen.append((variant, *a[5:])), loss(*a))[1])
+            model.losses(*street_crops())
+    assert set(seen) == {("A", 1.0), ("B", 10.0), ("C", 10.0)}
 
 
 def test_the_affinity_papers_loss_weights_multiply_their_losses():
@@ -370,7 +393,7 @@ def test_the_affinity_recipes_are_the_papers():
     assert recipe("cityscapes", *keys) == [[.25, 1, 1], .5, "B", "lovasz", "lovasz", .01, 65000, 32, [512, 1024], [.5, 2], True]
     assert [d * 65 for d in recipe("cityscapes", "drops")[0]] == pytest.approx([40, 55]) and recipe("cityscapes", "warmup", "decay") == [500, 1e-4]
     keys = ("loss_weights", "score_threshold", "variant", "semantic_loss", "roi_mask_loss", "lr", "steps", "short_side", "sampler", "affinity_channels")
-    assert recipe("coco", *keys) == [[1, .2, .1], .75, "C", "cross-entropy", "bce", .02, 200000, 800, "full", 128]
+    assert recipe("coco", *keys) == [[1, .2, .1], .75, "C", "cross-entropy", "lovasz", .02, 200000, 800, "full", 128]
     assert [d * 200 for d in recipe("coco", "drops")[0]] == pytest.approx([150, 190]) and recipe("coco", "frozen")[0] > 0
 
 
@@ -432,6 +455,8 @@ def test_the_paired_interval_knows_an_equal_from_a_better_reading():
 def test_affinity_flags_that_contradict_each_other_end_in_a_sentence(capsys, trained, tmp_path):
     assert "--no-affinity" in sentence(capsys, *AFFINITY, "--end-to-end", "none", "--steps", 1, "--out", tmp_path / "a")
     assert "--variant B" in sentence(capsys, *AFFINITY, "--no-masks", "--variant", "A", "--steps", 1, "--out", tmp_path / "b")
+    assert "no head" in sentence(capsys, *AFFINITY, "--no-affinity", "--end-to-end", "head", "--steps", 1, "--out", tmp_path / "c")
+    assert "another network" in sentence(capsys, "--eval", trained / "last.pt", "--width", 8)
     assert "seamless" in sentence(capsys, "--eval", trained / "last.pt", "--readings")
     assert "--eval" in sentence(capsys, "--readings")
 
