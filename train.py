@@ -62,14 +62,14 @@ class UserError(Exception):
 # 512x1024) in less memory; that paper's own schedule is not in the text at hand.  `--no-freeze` is the 2019 "no freeze, decay BN".
 PAPER = dict(body="resnet50", weights="imagenet", width=256, extra=1, canonical=224, anchor_scale=8, ratios=[0.5, 1, 2], rois=512,
              proposals=1000, window=64, stuff_area=4096, sampler="isus", crop=[512, 1024], batch=16, short_side=1024,
-             scale=[0.5, 2.0], scale_things=[0.5, 2.0], jitter=0.0, hue=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200, drops=[0.75, 44 / 48], clip=10.0, decay=1e-4,
-             frozen=2, no_freeze=False, interval=50, eval_count=0, semantic_loss="hardest", roi_mask_loss="bce", excitation=False,
+             scale=[0.5, 2.0], scale_things=[0.5, 2.0], jitter=0.0, hue=0.0, flip=0.5, lr=0.01, steps=48000, warmup=200,
+             drops=[0.75, 44 / 48], clip=10.0, decay=1e-4, frozen=2, no_freeze=False, interval=50, eval_count=0, semantic_loss="hardest", roi_mask_loss="bce", excitation=False,
              score_threshold=0.5)
 RECIPES = {
     # Toy pictures have 256x512 pixels, objects a quarter of the size, and section 5.3's anchors: many ratios, twice the stride.
     "street": {**PAPER, **dict(body="small", weights="none", width=64, extra=2, canonical=56, anchor_scale=2, ratios=[0.2, 0.5, 1, 2, 5],
-                               rois=64, proposals=100, window=16, crop=[192, 384], batch=4, short_side=0, scale=[0.8, 1.25], scale_things=[0.8, 1.25], jitter=0.1,
-                               lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], interval=50, eval_count=50, scenes=800)},
+                               rois=64, proposals=100, window=16, crop=[192, 384], batch=4, short_side=0,
+                               scale=[0.8, 1.25], scale_things=[0.8, 1.25], jitter=0.1, lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], interval=50, eval_count=50, scenes=800)},
     "cityscapes": PAPER,
     "idd": PAPER,
     # Section 5.3: five aspect ratios, anchors of side 2 D, shortest side 1920 t with t in [0.8, 1.25], 192k steps.
@@ -82,14 +82,15 @@ RECIPES = {
 # picture; R = 280 pixels; T = 0.40; 260 epochs in batches of 8 with drops after 240 and 255, then 10 for the proposals.
 # The head sees as much of a whole picture as it saw of a crop: `point_window` is the crop.  Steps are epochs * pictures / batch.
 # Choice: jitter of 0.2, heads of three layers and 64 channels, objects of 100 pixels at least, and up to 200 points in a row that
-# find nothing; the text has no such numbers.  `per_round` is how many proposals run at once: speed, not result.  The other flags are those of the data set's recipe above.
+# find nothing; the text has no such numbers.  `per_round` is how many proposals run at once: speed, not result.  The other flags
+# are those of the data set's recipe above.
 POINTS = dict(sampler="uniform", crop=[400, 800], point_window=[400, 800], batch=8, scale=[0.2, 1.2], jitter=0.2, lr=1e-4, lr_body=5e-5, decay=0.0,
               steps=270 * 2975 // 8, warmup=0, drops=[240 / 260, 255 / 260], proposal_share=10 / 270, points=6, radius=280.0, threshold=0.40,
               per_round=8, patience=200, mask_loss="nfl", coordinates=True, head_width=64, head_blocks=3, min_area=100, flip_test=True)
 ADAPTIS = {
     # A toy of a quarter of the size, from scratch: one rate for all.
-    "street": {**POINTS, **dict(crop=[192, 384], point_window=[192, 384], batch=4, scale=[0.8, 1.25], jitter=0.1, lr=2e-3, lr_body=2e-3, steps=850, warmup=50,
-                                drops=[0.6, 0.85], proposal_share=0.12, radius=70.0, head_width=32, min_area=16, flip_test=False)},
+    "street": {**POINTS, **dict(crop=[192, 384], point_window=[192, 384], batch=4, scale=[0.8, 1.25], jitter=0.1, lr=2e-3,
+                                lr_body=2e-3, steps=850, warmup=50, drops=[0.6, 0.85], proposal_share=0.12, radius=70.0, head_width=32, min_area=16, flip_test=False)},
     "cityscapes": POINTS,
     "idd": POINTS,
     # Longest side 500 to 2200 in training and 2000 at test time (pictures are 4:3); 65 epochs of 18,000, drops after 50 and 60; mirrored only.
@@ -100,25 +101,25 @@ ADAPTIS = {
                               steps=30 * 118000 // 16, drops=[0.75, 0.95], proposal_share=10 / 30, points=8, threshold=0.35)},
     # Section 6: 140 epochs of 10,000 pictures, random points, seven a round.  Choice: batches of 8, and a rate four times the paper's
     # 5e-4 that falls at the end; the paper names neither batch nor drops.
-    "cells": {**POINTS, **dict(short_side=0, crop=[96, 96], point_window=[64, 64], sampler="full", scale=[1.0, 1.0], scale_things=[1.0, 1.0], jitter=0.0, lr=2e-3, lr_body=2e-3,
-                               steps=140 * 10000 // 8, warmup=200, drops=[0.6, 0.85, 0.95], radius=48.0, threshold=0.5, per_round=7, patience=20,
+    "cells": {**POINTS, **dict(short_side=0, crop=[96, 96], point_window=[64, 64], sampler="full", scale=[1.0, 1.0],
+                               scale_things=[1.0, 1.0], jitter=0.0, lr=2e-3, lr_body=2e-3, steps=140 * 10000 // 8, warmup=200, drops=[0.6, 0.85, 0.95], radius=48.0, threshold=0.5, per_round=7, patience=20,
                                proposal_share=0.0, head_width=32, head_blocks=3, min_area=30, flip_test=False)},
 }
 # The peers on cells: pictures enlarged four times as in the paper, anchors and levels for cells of 80 to 180 pixels.
-RECIPES["cells"] = {**RECIPES["street"], **dict(method="adaptis", sampler="full", crop=[384, 384], short_side=384, scale=[1.0, 1.0], scale_things=[1.0, 1.0],
-                                                canonical=112, anchor_scale=8, extra=0, ratios=[0.33, 1, 3], rois=128, proposals=200, jitter=0.0, batch=4, steps=137500,
-                                                lr=0.02, drops=[35 / 55, 45 / 55], scenes=10000, eval_count=200)}
+RECIPES["cells"] = {**RECIPES["street"], **dict(method="adaptis", sampler="full", crop=[384, 384], short_side=384, scale=[1.0, 1.0],
+                                                scale_things=[1.0, 1.0], canonical=112, anchor_scale=8, extra=0, ratios=[0.33, 1, 3],
+                                                rois=128, proposals=200, jitter=0.0, batch=4, steps=137500, lr=0.02, drops=[35 / 55, 45 / 55], scenes=10000, eval_count=200)}
 # Li et al. 2020, section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps from a third, relighting
-# ("a small amount": a jitter of 0.2 and a twentieth of the colour circle are ours); loss weights of detection, semantics, panoptic; variant B; Lovász losses.  Random crops and
-# the standard box loss: the paper knows neither ISUS nor CABB.
-LI = dict(sampler="uniform", box_loss="standard", jitter=0.2, hue=0.05, batch=32, steps=65000, warmup=500, drops=[40 / 65, 55 / 65], loss_weights=[0.25, 1.0, 1.0],
-          semantic_loss="lovasz", roi_mask_loss="lovasz", excitation=True, variant="B", affinity_channels=128, masks=True, affinity=True,
-          end_to_end="all", true_boxes=False, reading="affinity")
+# ("a small amount": a jitter of 0.2 and a twentieth of the colour circle are ours); loss weights of detection, semantics, panoptic;
+# variant B; Lovász losses.  Random crops and the standard box loss: the paper knows neither ISUS nor CABB.
+LI = dict(sampler="uniform", box_loss="standard", jitter=0.2, hue=0.05, batch=32, steps=65000, warmup=500,
+          drops=[40 / 65, 55 / 65], loss_weights=[0.25, 1.0, 1.0], semantic_loss="lovasz", roi_mask_loss="lovasz", excitation=True, variant="B",
+          affinity_channels=128, masks=True, affinity=True, end_to_end="all", true_boxes=False, reading="affinity")
 PLAIN = {**LI, **dict(semantic_loss="cross-entropy")}          # A.1: "supervised by a cross-entropy loss, unless otherwise stated"
 # Choice: on the toy street variant C and a quarter of the panoptic weight.  Its things are small, V knows little of them (the paper's
 # reason for C on COCO), and in a few hundred steps from scratch the panoptic loss costs detection the more, the more it weighs.
-STREET = {**PLAIN, **dict(roi_mask_loss="bce", batch=4, jitter=0.1, hue=0.0, lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], loss_weights=[1.0, 1.0, 0.25],
-                          variant="C", affinity_channels=64)}
+STREET = {**PLAIN, **dict(roi_mask_loss="bce", batch=4, jitter=0.1, hue=0.0, lr=0.04, steps=850, warmup=50,
+                          drops=[0.6, 0.85], loss_weights=[1.0, 1.0, 0.25], variant="C", affinity_channels=64)}
 AFFINITY = {
     "street": STREET,
     "cells": {**STREET, **dict(sampler="full", jitter=0.0, steps=137500, lr=0.02, drops=[35 / 55, 45 / 55])},
@@ -432,7 +433,8 @@ def known_cross_entropy(logits, target):
     return total / (target != seamless.IGNORE).sum().clamp(min=1)
 
 
-METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "affinity": Affinity, "maskrcnn": MaskRCNN}     # (categories, args) -> a module that keeps the protocol above
+# (categories, args) -> a module that keeps the protocol above
+METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "affinity": Affinity, "maskrcnn": MaskRCNN}
 SEMANTIC_LOSSES = {"hardest": seamless.hardest_pixels_loss, "cross-entropy": known_cross_entropy, "lovasz": affinity_head.lovasz_softmax}
 ROI_MASK_LOSSES = {"bce": F.binary_cross_entropy_with_logits, "lovasz": affinity_head.lovasz_hinge}
 MASK_LOSSES = {"nfl": adaptis.normalized_focal_loss, "focal": adaptis.focal_loss, "bce": adaptis.binary_cross_entropy}
@@ -527,7 +529,8 @@ def restore_model(state, args, categories, path):
     known = [c[0] for c in state["categories"]]
     if known != [k.name for k in categories]:
         raise UserError(f"{path} knows {len(known)} categories ({', '.join(known[:4])}, ...), --dataset "
-                        f"{args['dataset']} has {len(categories)} ({', '.join(k.name for k in categories[:4])}, ...); evaluate it on its own data set")
+                        f"{args['dataset']} has {len(categories)} ({', '.join(k.name for k in categories[:4])}, ...); "
+                        "evaluate it on its own data set")
     model = METHODS[args["method"]](categories, {**args, "weights": "none"})
     try:
         model.load_state_dict(state["model"])
@@ -677,7 +680,8 @@ def compare_readings(model, dataset, args, world, folder):
         for key in ("PQ", "PQ_th"):
             interval = paired_interval(sums[names[-1], True], sums[other, True], isthing, key)
             result[f"{names[-1]} - {other}, {key}"] = interval
-            world.say(f"{key:6s} {names[-1]} - {other}: {interval[0]:+.2f}  [{interval[1]:+.2f}, {interval[2]:+.2f}]  (95%, bootstrap over the pictures)")
+            world.say(f"{key:6s} {names[-1]} - {other}: {interval[0]:+.2f}  [{interval[1]:+.2f}, {interval[2]:+.2f}]  "
+                      "(95%, bootstrap over the pictures)")
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "readings.json").write_text(json.dumps(result, indent=1))
@@ -809,7 +813,8 @@ def train(args, world, folder, state=None):
                     log(done, means, optimiser.param_groups[0]["lr"], args["batch"] / each)
                     minutes, rest = divmod(round(each * (args["steps"] - done)), 60)
                     print(f"step {done:6d}/{args['steps']}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-                          + f"  {args['batch'] / each:.1f} img/s  {world.memory():.1f} GiB  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left", flush=True)
+                          + f"  {args['batch'] / each:.1f} img/s  {world.memory():.1f} GiB  "
+                          f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left", flush=True)
             stop = done == args["stop_at"] or done == args["steps"]
             clock, tick = clock + time.time() - tick, time.time()
             if stop or done % (10 * args["interval"]) == 0:
@@ -974,13 +979,18 @@ def parse(argv):
     numbers(model, int, width="channels of the pyramid; the heads follow", extra="levels beyond stride 32", frozen="stages that do not learn",
             canonical="size in pixels of an object on the third level", rois="proposals a picture to learn from",
             proposals="proposals a picture at test time", window="of MiniDL's pooling", stuff_area="smallest stuff, in pixels of a 1024x2048 picture")
-    numbers(model, float, anchor_scale="side of an anchor in strides", score_threshold="of a detection that becomes a segment", radius="of AdaptIS's relative coordinates, in pixels", threshold="of AdaptIS's masks")
-    numbers(model, int, affinity_channels="C of the affinity features", points="AdaptIS learns from, a picture", per_round="points asked at once", patience="rounds without a new object", min_area="of an object, in pixels",
+    numbers(model, float, anchor_scale="side of an anchor in strides", score_threshold="of a detection that becomes a segment",
+            radius="of AdaptIS's relative coordinates, in pixels", threshold="of AdaptIS's masks")
+    numbers(model, int, affinity_channels="C of the affinity features", points="AdaptIS learns from, a picture",
+            per_round="points asked at once", patience="rounds without a new object", min_area="of an object, in pixels",
             head_width="channels of AdaptIS's heads", head_blocks="layers of its selection network")
-    model.add_argument("--point-window", type=int, nargs=2, metavar=("H", "W"), help="what AdaptIS's selection network sees around a point, in pixels")
-    model.add_argument("--mask-loss", choices=list(MASK_LOSSES)), model.add_argument("--flip-test", action="store_true", help="AdaptIS: average with the mirrored picture")
+    model.add_argument("--point-window", type=int, nargs=2, metavar=("H", "W"),
+                       help="what AdaptIS's selection network sees around a point, in pixels")
+    model.add_argument("--mask-loss", choices=list(MASK_LOSSES))
+    model.add_argument("--flip-test", action="store_true", help="AdaptIS: average with the mirrored picture")
     model.add_argument("--no-coordinates", dest="coordinates", action="store_false", help="AdaptIS without Relative CoordConv")
-    model.add_argument("--semantic-loss", choices=list(SEMANTIC_LOSSES)), model.add_argument("--roi-mask-loss", choices=list(ROI_MASK_LOSSES), help="of the mask branch")
+    model.add_argument("--semantic-loss", choices=list(SEMANTIC_LOSSES))
+    model.add_argument("--roi-mask-loss", choices=list(ROI_MASK_LOSSES), help="of the mask branch")
     model.add_argument("--excitation", action="store_true", help="squeeze and excitation on the last stage of the ResNet")
     model.add_argument("--variant", choices=["A", "B", "C"], help="of the affinity head's potential")
     model.add_argument("--no-masks", dest="masks", action="store_false", help="affinity without the mask branch")
