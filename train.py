@@ -315,15 +315,18 @@ class Affinity(nn.Module):
         return {**losses, "panoptic": panoptic * sum(each) / len(each)}
 
     @torch.no_grad()
-    def readings(self, image, size=None, names=("heuristic", "argmax", "affinity")):
+    def readings(self, image, size=None, names=("heuristic", "filled", "argmax", "affinity")):
         """image [3, H, W] -> {name: Prediction at `size`}, small stuff not trimmed: what Seamless's rules, the argmax over the
-        potential and the argmax over the head's answer make of the same boxes, masks and semantic logits."""
+        potential and the argmax over the head's answer make of the same boxes, masks and semantic logits.  The rules may say
+        "void" where the likeliest category is a thing that nobody detected, an argmax may not; "filled" are the rules without
+        this way out: such pixels take the likeliest stuff."""
         own, isthing, threshold = image.shape[-2:], self.base.isthing, self.base.score_threshold
         size = tuple(size or own)
         features = self.base.body(image[None])
         found, logits = self.base.detect(features, own)[0], self.base.semantic_head(features)
         boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / own[1], size[0] / own[0]] * 2)
-        semantic = seamless.resize_logits(logits.float(), size)[0].argmax(0)
+        logits_here = seamless.resize_logits(logits.float(), size)[0]
+        semantic = logits_here.argmax(0)
         if "masks" in found:
             masks = seamless.paste_masks(found["masks"], boxes, size)
         else:                                                            # the mask of a box: its category's pixels in it
@@ -333,8 +336,9 @@ class Affinity(nn.Module):
         sure = {k: v[found["scores"] >= threshold] for k, v in found.items()}
         result = {}
         for name in names:
-            if name == "heuristic":
-                fused = seamless.fuse(masks, found["scores"], found["categories"], semantic, isthing, threshold, stuff_area=0)
+            if name in ("heuristic", "filled"):
+                rest = semantic if name == "heuristic" else logits_here.masked_fill(isthing[:, None, None], -torch.inf).argmax(0)
+                fused = seamless.fuse(masks, found["scores"], found["categories"], rest, isthing, threshold, stuff_area=0)
             else:
                 psi, channels = self.potential(sure, logits[0], own)
                 if name == "affinity" and self.head is not None:
@@ -642,13 +646,13 @@ def paired_interval(a, b, isthing, key="PQ", draws=2000, seed=0):
 
 @torch.no_grad()
 def compare_readings(model, dataset, args, world, folder):
-    """The same outputs of one affinity checkpoint read by Seamless's rules, by argmax over the potential, and by argmax over the
-    head's answer, each with small stuff trimmed to void and not: a table, and the differences with their bootstrap intervals."""
+    """The same outputs of one affinity checkpoint read by Seamless's rules (with and without their void), by argmax over the
+    potential, and by argmax over the head's answer, each with small stuff trimmed to void and not: a table, and the differences with their bootstrap intervals."""
     if not hasattr(model, "readings"):
         raise UserError(f"--readings compares the ways to read an affinity checkpoint; this one is of --method {args['method']}")
     model.eval()
     isthing, count = torch.tensor([k.isthing for k in dataset.categories]), min(args["eval_count"] or len(dataset), len(dataset))
-    names = ("heuristic", "argmax", *(["affinity"] if model.head is not None else []))
+    names = ("heuristic", "filled", "argmax", *(["affinity"] if model.head is not None else []))
     sums = {(name, trimmed): [] for name in names for trimmed in (True, False)}
     ap = {kind: AveragePrecision(len(isthing), kind=kind) for kind in ("box", "mask")}
     loader = DataLoader(torch.utils.data.Subset(dataset, range(count)), batch_size=None, num_workers=args["workers"], generator=torch.Generator())

@@ -399,17 +399,21 @@ def test_the_affinity_recipes_are_the_papers():
 
 @torch.no_grad()
 @pytest.mark.parametrize("masks", [True, False])
-def test_the_three_readings_share_their_instances_and_only_the_head_may_leave_a_box(masks):
+def test_the_readings_share_their_instances_and_only_the_head_may_leave_a_box(masks):
     model = affinity_model(masks=masks, score_threshold=0.0).eval()
     model.base.region_head.score_threshold = 0.08
     image = data.StreetScenes(1, seed=7)[0].image
     found = model.readings(image, (200, 400))
-    assert set(found) == {"heuristic", "argmax", "affinity"}
+    assert set(found) == {"heuristic", "filled", "argmax", "affinity"}
     boxes = found["argmax"].instances["boxes"]
     assert len(boxes) > 2 and found["argmax"].instances["masks"].shape[1:] == (200, 400)
     for name, p in found.items():
         assert p.segments.shape == (200, 400) and p.segments.max() <= len(p.categories) == len(p.scores)
         assert p.instances["boxes"] is boxes or torch.equal(p.instances["boxes"], boxes)
+    # The rules without their void: the same things, the same stuff, and what was void (a thing that nobody detected) is stuff too.
+    rules, filled = (torch.cat([torch.tensor([-1]), found[k].categories])[found[k].segments] for k in ("heuristic", "filled"))
+    assert ((rules < 0).any() or not masks) and (filled >= 0).all() and torch.equal(filled[rules >= 0], rules[rules >= 0])
+    assert not model.base.isthing[filled[rules < 0]].any()
     # Pixels of a thing lie in a box of its category, but for the width of an interpolated cell (4 pixels of 256 are 3.1 of 200).
     p = found["argmax"]
     for k in torch.where(model.base.isthing[p.categories])[0].tolist():
@@ -428,7 +432,7 @@ def test_readings_of_a_checkpoint_are_a_table_with_paired_intervals(tmp_path, ca
     call("--eval", tmp_path / "run" / "last.pt", "--readings", "--out", tmp_path)
     text = capsys.readouterr().out
     rows = json.loads((tmp_path / "readings.json").read_text())
-    assert {f"{name} {how}" for name in ("heuristic", "argmax", "affinity") for how in ("trimmed", "kept")} < rows.keys()
+    assert {f"{name} {how}" for name in ("heuristic", "filled", "argmax", "affinity") for how in ("trimmed", "kept")} < rows.keys()
     assert "affinity - heuristic" in text and "IoU of stuff" in text
     call("--eval", tmp_path / "run" / "last.pt", "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
