@@ -20,14 +20,18 @@ far fewer predicted things that cover a quarter of two true ones.
 
     pytest tests/test_ibs.py    the claims of this file as an executable spec
 
-A target has `segments` int64 [h, w] (0 is void, k > 0 is segment k), `categories` [N], `crowd` [N], and `image_id`, which
-picture the crop comes from.  A sample and a data set are those of isus.py.
+A target has `segments` int64 [h, w] (0 is void, k > 0 is segment k), `categories` [N], `crowd` [N], `boxes` [N, 4] of what
+shows (x1 y1 x2 y2 in pixels, half open), and `image_id`, which picture the crop comes from.  A sample and a data set are
+those of isus.py.
 """
 import hashlib
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 
@@ -94,7 +98,8 @@ class PairedCropSampler(IterableDataset):
     Choice: a segment that fits is wholly in its crop; of a larger one the crop shows a part.  Crowds are never chosen.
     ValueError: no thing class occurs in two pictures."""
 
-    def __init__(self, dataset, crop_size, s0=0, scale=(0.5, 2.0), seed=0, start=0, rank=0, world=1, flip=0.5, augment=None, index=None):
+    def __init__(self, dataset, crop_size, s0=0, scale=(0.5, 2.0), seed=0, start=0, rank=0, world=1, flip=0.5,
+                 augment=None, index=None):
         import isus
         self.isus, self.index = isus, isus.build_index(dataset) if index is None else index
         self.dataset, self.crop_size, self.s0, self.limits, self.seed = dataset, tuple(crop_size), s0, scale, seed
@@ -149,3 +154,458 @@ class PairedCropSampler(IterableDataset):
         while True:
             yield self.pair(k)
             k += self.world * step
+
+
+# --- 3.1 Unified panoptic segmentation: what both families share --------------------------------------------------------
+# masks = sigmoid(E F): N embeddings of C numbers, a feature map of C channels at stride 4.  They differ in where E comes from.
+# The papers of the two families are not at hand; what follows is the smallest honest form of what is commonly known of them,
+# and each part of it is a choice of ours where it says so.
+
+class GroupNorm(nn.GroupNorm):
+    """GN with 32 groups, fewer for thin layers so that a group has four channels at least.  In float32, as CUDA's autocast has it."""
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, max(channels // 4, 1), channels), channels)
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def conv(c_in, c_out):
+    """3x3 convolution, group norm, ReLU."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), GroupNorm(c_out), nn.ReLU(inplace=True))
+
+
+def add_coordinates(x):
+    """[B, C, h, w] -> [B, C + 2, h, w]: where am I, y and x of a cell's centre, from -1 at the upper (left) edge to 1 at the lower
+    (right) edge of THIS input.  Without it a convolution cannot tell two look-alikes apart; with it, it learns to tell apart
+    what is apart in a crop."""
+    (h, w), like = x.shape[-2:], dict(device=x.device, dtype=x.dtype)
+    y, x_ = ((torch.arange(n, **like) * 2 + 1) / n - 1 for n in (h, w))
+    place = torch.stack([y[:, None].expand(h, w), x_.expand(h, w)])
+    return torch.cat([x, place.expand(len(x), -1, -1, -1)], 1)
+
+
+class FeatureEncoder(nn.Module):
+    """The pyramid {4, 8, 16, 32: [B, c_in, ..]} -> features F [B, channels, H/4, W/4]: a convolution a level, enlarged and added,
+    one more, and a 1x1.  `coordinates`: Panoptic FCN's encoder is told where it is."""
+    def __init__(self, c_in, channels, coordinates):
+        super().__init__()
+        self.levels = nn.ModuleList(conv(c_in, channels) for _ in range(4))
+        self.coordinates = coordinates
+        self.out = nn.Sequential(conv(channels + 2 * coordinates, channels), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, pyramid):
+        maps = [level(pyramid[s]) for level, s in zip(self.levels, (4, 8, 16, 32))]
+        x = maps[0] + sum(F.interpolate(m, maps[0].shape[-2:], mode="bilinear") for m in maps[1:])
+        return self.out(add_coordinates(x) if self.coordinates else x)
+
+
+def segment_masks(target, size):
+    """The truth at the centres of the cells of a map: masks float [N, h, w] of the segments, and which cells count, float [h, w]:
+    neither void nor crowd."""
+    small = F.interpolate(target.segments[None, None].double(), size=tuple(size), mode="nearest-exact")[0, 0].long()
+    known = torch.cat([target.crowd.new_zeros(1), ~target.crowd])[small]
+    ids = torch.arange(1, len(target.categories) + 1, device=small.device)
+    return (small == ids[:, None, None]).float(), known.float()
+
+
+def dice(logits, truth, known):
+    """1 - 2 Σ p y / (Σ p² + Σ y²) over the cells that count, 1 for 0/0: [.., h, w] each (truth and known may be broadcast) -> [..]."""
+    p = logits.float().sigmoid() * known
+    y = truth * known
+    return 1 - 2 * (p * y).sum((-2, -1)) / ((p * p).sum((-2, -1)) + (y * y).sum((-2, -1))).clamp(min=1e-3)
+
+
+# --- Embeddings as kernels, after Panoptic FCN (Li et al., CVPR 2021) ---------------------------------------------------
+
+class Place(NamedTuple):
+    """Where the kernels of one level are: things int64 [n] and stuff int64 [m], rows of the target; bumps [n, h, w] and regions
+    [m, h, w], their truth; known [h, w], the cells that are neither void nor crowd."""
+    things: torch.Tensor
+    bumps: torch.Tensor
+    stuff: torch.Tensor
+    regions: torch.Tensor
+    known: torch.Tensor
+
+
+class Kernels(nn.Module):
+    """A heat map a category says where something is, and a kernel map of C channels what to look for: one embedding for each
+    peak of a thing, one for each region of stuff.
+
+    Levels of strides 8, 16, 32 with shared weights; a thing belongs to one, by the root of its box's area: to the first below
+    `canonical` pixels, to the second below twice that.  Choice: no further levels."""
+    strides = (8, 16, 32)
+
+    def __init__(self, isthing, c_in, channels, canonical=64, layers=2, positions=7, score_threshold=0.3, similarity=0.9, detections=100,
+                 weights=(1.0, 3.0)):
+        super().__init__()
+        self.position, self.kernel = (nn.Sequential(*[conv(channels if i else c_in + 2, channels) for i in range(layers)])
+                                      for _ in range(2))
+        self.heat, self.out = nn.Conv2d(channels, len(isthing), 3, padding=1), nn.Conv2d(channels, channels, 1)
+        nn.init.constant_(self.heat.bias, -math.log(99))                      # nearly everywhere is nothing, as focal losses start
+        self.register_buffer("isthing", isthing, persistent=False)
+        self.canonical, self.positions, self.weights = canonical, positions, weights
+        self.score_threshold, self.similarity, self.detections = score_threshold, similarity, detections
+
+    def maps(self, pyramid):
+        """-> a list over levels of (heat logits [B, categories, h, w], kernels [B, C, h, w])."""
+        inputs = [add_coordinates(pyramid[s]) for s in self.strides]
+        return [(self.heat(self.position(x)).float(), self.out(self.kernel(x)).float()) for x in inputs]
+
+    def places(self, target, sizes):
+        """The truth of the heat maps, a Place a level: where the things that belong to the level and the stuff are.
+
+        A thing is a Gaussian bump around its middle, 1 in the cell that the middle is in, a twelfth of the box wide (sigma,
+        two fifths of a cell at least); stuff is its region."""
+        thing = self.isthing[target.categories]
+        things, stuff = torch.where(thing & ~target.crowd)[0], torch.where(~thing & ~target.crowd)[0]
+        middle, side = (target.boxes[:, :2] + target.boxes[:, 2:]) / 2, target.boxes[:, 2:] - target.boxes[:, :2]
+        level = (side.prod(1).sqrt() / self.canonical).clamp(min=1e-6).log2().floor().add(1).clamp(0, len(self.strides) - 1)
+        result = []
+        for k, size in enumerate(sizes):
+            masks, known = segment_masks(target, size)
+            mine = things[level[things] == k]
+            y, x = (torch.arange(n, device=known.device) for n in size)
+            cells = side.new_tensor([size[1] / target.segments.shape[1], size[0] / target.segments.shape[0]])  # a pixel
+            cell, sigma = (middle[mine] * cells).floor(), (side[mine] / 12 * cells).clamp(min=0.4)
+            across, down = (torch.exp(-((v - cell[:, d:d + 1]) / sigma[:, d:d + 1]) ** 2 / 2) for d, v in ((0, x), (1, y)))
+            result.append(Place(mine, down[:, :, None] * across[:, None], stuff, masks[stuff], known))
+        return result
+
+    def position_loss(self, heat, target, places):
+        """Focal losses of one picture's heat maps: CenterNet's for things, (1 - p)^2 at the bumps' tops and (1 - y)^4 p^2 elsewhere, a
+        sum over cells divided by the number of things; the same for the regions of stuff, where y is 0 or 1, a mean over all
+        cells of a level, summed over levels.  Void and crowd teach nothing, except where a thing's top is."""
+        things, stuff = heat[0].new_zeros(()), heat[0].new_zeros(())
+        for z, place in zip(heat, places):                                    # [categories, h, w]
+            y = torch.zeros_like(z)
+            for rows, maps in ((place.things, place.bumps), (place.stuff, place.regions)):
+                index = target.categories[rows, None].expand(-1, y[0].numel())
+                y = y.flatten(1).scatter_reduce(0, index, maps.flatten(1), "amax").view_as(y)
+            p, top = z.sigmoid(), y == 1
+            each = torch.where(top, (1 - p) ** 2 * F.softplus(-z), (1 - y) ** 4 * p ** 2 * F.softplus(z))
+            each = each * torch.where(top, 1, place.known)
+            things = things + each[self.isthing].sum()
+            stuff = stuff + each[~self.isthing].mean() if (~self.isthing).any() else stuff
+        return things / max(sum(len(p.things) for p in places), 1) + stuff
+
+    def losses(self, pyramid, features, targets):
+        """-> losses, embeddings a list of [N_i, C], those of each thing and then of each stuff that has a place, is_thing of these.
+
+        The `positions` best-scored cells of a bump (where it is above .1) stand for a thing, each with its own kernel and a
+        weight in proportion to its score, which learns from the heat maps only (weighted dice); stuff is the mean kernel of its
+        region over all levels; "mask" is the mean over all segments of the batch, "position" over its pictures.  What intra-batch
+        supervision gets of a thing is the weighted mean of its kernels, as inference fuses them."""
+        maps = self.maps(pyramid)
+        position, masks, embeddings, is_thing = [], [], [], []
+        for b, target in enumerate(targets):
+            heat, kernels = [h[b] for h, _ in maps], [k[b] for _, k in maps]
+            truth, known = segment_masks(target, features.shape[-2:])
+            places = self.places(target, [h.shape[-2:] for h in heat])
+            position.append(self.position_loss(heat, target, places))
+            found, regions = [], {}
+            for z, kernel, place in zip(heat, kernels, places):
+                if len(place.things):
+                    score = z[target.categories[place.things]].detach().sigmoid().clamp(min=1e-4) * (place.bumps > 0.1)
+                    weight, cell = score.flatten(1).topk(min(self.positions, kernel[0].numel()))              # [n, k]
+                    weight = weight / weight.sum(1, keepdim=True)
+                    own = kernel.flatten(1).T[cell]                                                            # [n, k, C]
+                    logits = (own @ features[b].flatten(1)).unflatten(-1, known.shape)
+                    masks.append((weight * dice(logits, truth[place.things][:, None], known)).sum(1))
+                    found.append((weight[..., None] * own).sum(1))
+                for row, region in zip(place.stuff.tolist(), place.regions):
+                    regions.setdefault(row, []).append(kernel[:, region > 0])
+            things = sum(len(e) for e in found)
+            regions = {row: torch.cat(k, 1) for row, k in regions.items()}
+            rows = [row for row, k in regions.items() if k.shape[1]]
+            if rows:
+                mean = torch.stack([regions[row].mean(1) for row in rows])
+                masks.append(dice((mean @ features[b].flatten(1)).unflatten(-1, known.shape), truth[rows], known))
+                found.append(mean)
+            embeddings.append(torch.cat(found) if found else features.new_zeros(0, features.shape[1]))
+            is_thing.append(torch.arange(len(embeddings[-1]), device=features.device) < things)
+        mask = torch.cat(masks).mean() if masks else features.sum() * 0
+        return {"position": self.weights[0] * sum(position) / len(position), "mask": self.weights[1] * mask}, embeddings, is_thing
+
+    def embed(self, pyramid, features):
+        """Inference on the first picture: -> embeddings [N, C], scores [N], categories [N].  Things: peaks of 3x3 cells above
+        `score_threshold`, the best `detections`, fused (`fuse_kernels`); stuff: the mean kernel of all cells above it."""
+        kernels, scores, categories, region, everywhere = [], [], [], [], []
+        for heat, kernel in self.maps(pyramid):
+            p, flat = heat[0].sigmoid(), kernel[0].flatten(1).T
+            here = p > self.score_threshold
+            c, y, x = torch.where(here & (p == F.max_pool2d(p[None], 3, 1, 1)[0]) & self.isthing[:, None, None])
+            kernels.append(kernel[0][:, y, x].T), scores.append(p[c, y, x]), categories.append(c)
+            region.append((p * here * ~self.isthing[:, None, None]).flatten(1)), everywhere.append(flat)
+        kernels, scores, categories = torch.cat(kernels), torch.cat(scores), torch.cat(categories)
+        order = scores.argsort(descending=True)[:self.detections]
+        kernels, scores, categories = fuse_kernels(kernels[order], scores[order], categories[order], self.similarity)
+        region = torch.cat(region, 1)                                         # [categories, cells of all levels], score or 0
+        stuff = torch.where(region.any(1))[0]
+        cells = (region[stuff] > 0).float()
+        mean = cells @ torch.cat(everywhere) / cells.sum(1, keepdim=True)
+        return torch.cat([kernels, mean]), torch.cat([scores, region[stuff].amax(1)]), torch.cat([categories, stuff])
+
+
+def fuse_kernels(kernels, scores, categories, similarity=0.9):
+    """Kernels [N, C] of falling scores -> those of different objects, the same three.  A kernel that resembles a better one of its
+    category (cosine above `similarity`) joins the best that it resembles and is averaged with it, under that one's score.
+    Whoever has joined another leads nobody: of a chain a ~ b ~ c where a and c are unlike, c stays an object of its own."""
+    if not len(kernels):
+        return kernels, scores, categories
+    unit = F.normalize(kernels, dim=1)
+    alike = ((unit @ unit.T > similarity) & (categories[:, None] == categories)).tril(-1)      # [i, j]: i like a better j
+    leads = torch.ones(len(kernels), dtype=torch.bool, device=kernels.device)
+    for i in range(1, len(kernels)):
+        leads[i] = not (alike[i] & leads).any()
+    first = (alike & leads).float().argmax(1)                                 # of equal ones argmax takes the first: the best
+    leader = torch.where(leads, torch.arange(len(kernels), device=kernels.device), first)
+    joined = (leader == torch.where(leads)[0][:, None]).float()
+    return joined @ kernels / joined.sum(1, keepdim=True).clamp(min=1), scores[leads], categories[leads]
+
+
+# --- Embeddings as queries, after Mask2Former (Cheng et al., CVPR 2022) -------------------------------------------------
+
+def assign(gain):
+    """The one-to-one assignment of rows to columns with the largest sum: gain [G, D] >= 0, G <= D -> column of each row, NumPy
+    int64 [G].  Exact: the Hungarian method with shortest augmenting paths, O(G^2 D).
+
+    Row after row is brought in.  Prices on rows and columns keep all reduced costs >= 0, so Dijkstra finds the cheapest
+    chain of "take his column, he takes another" that ends in a free column; then everybody on the chain moves on."""
+    cost = -np.asarray(gain, dtype=np.float64)
+    n, m = cost.shape
+    if n > m:
+        raise ValueError(f"{n} rows cannot all have a column of their own among {m}")
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    column, owner = np.full(n, -1), np.full(m, -1)
+    for new in range(n):
+        distance, via, seen = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
+        row, reached, end = new, 0.0, -1
+        while end < 0:
+            through = reached + cost[row] - row_price[row] - column_price
+            nearer = ~seen & (through < distance)
+            distance[nearer], via[nearer] = through[nearer], row
+            j = int(np.where(seen, np.inf, distance).argmin())
+            reached, seen[j] = distance[j], True
+            row, end = owner[j], j if owner[j] < 0 else -1
+        row_price[new] += reached
+        settled = np.flatnonzero(seen & (owner >= 0))
+        row_price[owner[settled]] += reached - distance[settled]
+        column_price[seen] -= reached - distance[seen]
+        while end >= 0:                                                       # move on along the chain, from its end
+            row = via[end]
+            owner[end] = row
+            column[row], end = end, column[row]
+    return column
+
+
+class Queries(nn.Module):
+    """N learned queries look at the pyramid, each only where its mask of the layer before lies (masked attention), and become
+    embeddings; a linear layer names them, or says "no object".
+
+    Layers take the levels of strides 32, 16, 8 in turn.  Every layer's answer is supervised (deep supervision): matched to the
+    truth one to one by the costs that it is trained with, 2 class + 5 cross entropy + 5 dice; unmatched queries are "no
+    object", which weighs a tenth.  Segments without a cell at stride 4 are not asked for (section 5.2's correction: a
+    prediction "which the network could not make").  Choice: losses see every cell at stride 4, not a sample of points; three
+    layers, not nine."""
+    strides = (32, 16, 8)
+
+    def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1, weights=(2.0, 5.0, 5.0)):
+        super().__init__()
+        self.register_buffer("isthing", isthing, persistent=False)
+        self.register_buffer("class_weight", torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])]), persistent=False)
+        self.query, self.place = nn.Embedding(queries, channels), nn.Embedding(queries, channels)
+        self.level = nn.Embedding(len(self.strides), channels)
+        self.inputs = nn.ModuleList(nn.Conv2d(c_in, channels, 1) for _ in self.strides)
+        c = channels
+        self.cross, self.among = (nn.ModuleList(nn.MultiheadAttention(c, heads, batch_first=True) for _ in range(layers)) for _ in range(2))
+        self.feed = nn.ModuleList(nn.Sequential(nn.Linear(c, 4 * c), nn.ReLU(), nn.Linear(4 * c, c)) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.ModuleList(nn.LayerNorm(c) for _ in range(3)) for _ in range(layers))
+        self.norm, self.name = nn.LayerNorm(c), nn.Linear(c, len(isthing) + 1)
+        self.mask = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c))
+        self.weights, self.heads = weights, heads
+
+    def answers(self, pyramid, features):
+        """-> of every layer, the untouched queries first: class logits [B, N, categories + 1], embeddings [B, N, C]."""
+        b, size = len(features), features.shape[-2:]
+        q, place = self.query.weight.expand(b, -1, -1), self.place.weight.expand(b, -1, -1)
+        out = [self.answer(q)]
+        for i, (cross, among, feed, norms) in enumerate(zip(self.cross, self.among, self.feed, self.norms)):
+            k = i % len(self.strides)
+            x = self.inputs[k](pyramid[self.strides[k]]) + self.level.weight[k][:, None, None]
+            blind = self.blind(out[-1][1], features, x.shape[-2:])
+            keys = (x + sine(x)).flatten(2).mT
+            blind = blind.repeat_interleave(self.heads, 0)                    # one for each head
+            q = norms[0](q + cross(q + place, keys, x.flatten(2).mT, attn_mask=blind, need_weights=False)[0])
+            q = norms[1](q + among(q + place, q + place, q, need_weights=False)[0])
+            q = norms[2](q + feed(q))
+            out.append(self.answer(q))
+        return out
+
+    def answer(self, q):
+        q = self.norm(q)
+        return self.name(q).float(), self.mask(q).float()
+
+    @torch.no_grad()
+    def blind(self, embeddings, features, size):
+        """Which cells of a level a query does not see, bool [B, N, h w]: those outside of its own mask.  A query whose mask is empty
+        there would see nothing and attend to nothing, which is 0/0: it sees everything."""
+        logits = torch.einsum("bnc,bchw->bnhw", embeddings, features)
+        out = (F.interpolate(logits, size, mode="bilinear") < 0).flatten(2)
+        return out & ~out.all(2, keepdim=True)
+
+    def losses(self, pyramid, features, targets):
+        """-> losses, embeddings of matched queries of the LAST layer a list of [N_i, C], is_thing a list of bool [N_i].  Losses are
+        means over all queries ("class", weighted) or segments of the batch, summed over layers."""
+        truth = [segment_masks(t, features.shape[-2:]) for t in targets]
+        totals = {"class": 0.0, "mask": 0.0, "dice": 0.0}
+        for logits, e in self.answers(pyramid, features):
+            embeddings, is_thing, names, ce, overlap = [], [], [], [], []
+            for b, (t, (masks, known)) in enumerate(zip(targets, truth)):
+                rows = torch.where(~t.crowd & masks.flatten(1).any(1))[0]
+                x = (e[b] @ features[b].flatten(1)).unflatten(1, known.shape)                                  # [N, h, w]
+                chosen = self.match(logits[b], x, t.categories[rows], masks[rows], known)
+                name = torch.full((len(x),), len(self.isthing), device=x.device)
+                name[chosen] = t.categories[rows]
+                names.append(name)
+                cells = known.sum().clamp(min=1)
+                ce.append((F.binary_cross_entropy_with_logits(x[chosen], masks[rows], reduction="none") * known).sum((1, 2)) / cells)
+                overlap.append(dice(x[chosen], masks[rows], known))
+                embeddings.append(e[b, chosen]), is_thing.append(self.isthing[t.categories[rows]])
+            n = max(sum(len(v) for v in ce), 1)
+            w = self.weights
+            totals["class"] = totals["class"] + w[0] * F.cross_entropy(logits.flatten(0, 1), torch.cat(names), self.class_weight)
+            totals["mask"] = totals["mask"] + w[1] * torch.cat(ce).sum() / n
+            totals["dice"] = totals["dice"] + w[2] * torch.cat(overlap).sum() / n
+        return totals, embeddings, is_thing
+
+    @torch.no_grad()
+    def match(self, logits, x, categories, masks, known):
+        """The queries int64 [G] of the G segments: the assignment of least cost -2 p(class) + 5 cross entropy + 5 dice.
+        ValueError: more segments than queries."""
+        if len(categories) > len(x):
+            raise ValueError(f"{len(categories)} segments in a picture, but only {len(x)} queries: give it more of them")
+        if not len(categories):
+            return categories
+        y, k = masks.flatten(1) * known.flatten(), known.flatten()
+        x = x.flatten(1)
+        ce = ((F.softplus(x) * k).sum(1)[:, None] - (x * k) @ y.T) / k.sum().clamp(min=1)      # [N, G], of log(1 + e^x) - x y
+        p = x.sigmoid() * k
+        overlap = 1 - 2 * (p @ y.T) / ((p * p).sum(1)[:, None] + (y * y).sum(1)).clamp(min=1e-3)
+        cost = -self.weights[0] * logits.softmax(1)[:, categories] + self.weights[1] * ce + self.weights[2] * overlap
+        return torch.as_tensor(assign((cost.max() - cost).T.cpu().numpy()), device=x.device)
+
+    def embed(self, pyramid, features):
+        """Inference on the first picture -> embeddings [N, C], scores [N], categories [N] of the queries that name an object."""
+        logits, e = self.answers(pyramid, features)[-1]
+        scores, categories = logits[0].softmax(1).max(1)
+        named = categories < len(self.isthing)
+        return e[0, named], scores[named], categories[named]
+
+
+def sine(x):
+    """Positions for attention, [1, C, h, w] (C a multiple of 4) like x [B, C, h, w]: sines and cosines of 2 pi y (first half of the
+    channels) and 2 pi x, y and x in 0..1 of this input, at geometrically falling frequencies."""
+    c, (h, w) = x.shape[1] // 4, x.shape[-2:]
+    frequency = 2 * math.pi * 10000 ** (-torch.arange(c, device=x.device) / c)
+    y, x_ = ((torch.arange(n, device=x.device) + 0.5) / n * frequency[:, None] for n in (h, w))                # [c, h], [c, w]
+    parts = [f(v)[:, :, None].expand(c, h, w) for v in (y,) for f in (torch.sin, torch.cos)]
+    parts += [f(v)[:, None, :].expand(c, h, w) for v in (x_,) for f in (torch.sin, torch.cos)]
+    return torch.cat(parts)[None].to(x.dtype)
+
+
+# --- Masks to segments, and the network ---------------------------------------------------------------------------------
+
+class Prediction(NamedTuple):
+    """segments int64 [H, W] (0 is void), categories [N], scores [N]; instances: the things before they were merged, a dict of masks
+    bool [M, H, W], boxes [M, 4], scores [M], categories [M]."""
+    segments: torch.Tensor
+    categories: torch.Tensor
+    scores: torch.Tensor
+    instances: dict
+
+
+def merge(logits, scores, categories, isthing, size, score_threshold, overlap, stuff_area=0.0):
+    """Masks as logits [N, h, w] at stride 4 -> segments int64 [H, W], categories, scores, as Mask2Former merges: each pixel goes to
+    the mask with the largest score * probability among those above `score_threshold`; a segment lives if it keeps at least
+    `overlap` of the pixels where its own probability is above 1/2; stuff of one category is one segment, of `stuff_area` pixels
+    at least.  A pixel whose best mask is not above 1/2 is void.  Enlarged one mask at a time against the best so far: 100 of
+    them at 1024x2048 would take 800 MB."""
+    best = torch.zeros(size, device=logits.device)
+    winner = torch.full(size, -1, dtype=torch.long, device=logits.device)
+    sure, area = torch.zeros(size, dtype=torch.bool, device=logits.device), torch.zeros(len(logits), device=logits.device)
+    for k in torch.where(scores > score_threshold)[0].tolist():
+        p = F.interpolate(logits[None, None, k].float(), size=size, mode="bilinear")[0, 0].sigmoid()
+        mine = p > 0.5
+        area[k] = mine.sum()
+        better = p * scores[k] > best
+        winner, best, sure = torch.where(better, k, winner), torch.where(better, p * scores[k], best), torch.where(better, mine, sure)
+    kept = torch.bincount(winner[sure], minlength=len(logits))
+    alive = (kept > 0) & (kept >= overlap * area)
+    number, n, names, values = torch.zeros(len(logits) + 1, dtype=torch.long, device=logits.device), 0, [], []
+    stuff = {}
+    for k in torch.where(alive)[0].tolist():
+        c = int(categories[k])
+        if not isthing[c] and c in stuff:
+            number[k + 1] = stuff[c]
+            continue
+        n += 1
+        number[k + 1] = n
+        names.append(c), values.append(scores[k])
+        if not isthing[c]:
+            stuff[c] = n
+    segments = torch.where(sure, number[winner + 1], 0)
+    names, values = categories.new_tensor(names), torch.stack(values) if values else scores[:0]
+    count = torch.bincount(segments.flatten(), minlength=n + 1)[1:]
+    keep = (isthing[names] | (count >= stuff_area)) & (count > 0)
+    return F.pad(keep.cumsum(0) * keep, (1, 0))[segments], names[keep], values[keep]
+
+
+class UnifiedNet(nn.Module):
+    """Section 3.1: embeddings times features.  isthing bool [categories]; body: a pyramid with `.channels`, as `resnet_fpn` of
+    seamless.py makes it; embeddings "kernels" or "queries"; ibs_weight 0 turns intra-batch supervision off; paired: the batch
+    comes from PairedCropSampler, whose pairs supervise each other; stuff_area counts pixels at 1024x2048 and is scaled with the
+    picture.  `instances` of a prediction are all things with an embedding, also those that merging drops."""
+
+    def __init__(self, isthing, body, embeddings="kernels", channels=64, ibs_weight=0.0, paired=False, score_threshold=0.3, overlap=0.5,
+                 stuff_area=4096, **how):
+        super().__init__()
+        if embeddings not in FAMILIES:
+            raise ValueError(f"embeddings must be {' or '.join(FAMILIES)}, not {embeddings!r}")
+        isthing = torch.as_tensor(isthing, dtype=torch.bool)
+        self.body, self.encoder = body, FeatureEncoder(body.channels, channels, embeddings == "kernels")
+        self.family = FAMILIES[embeddings](isthing, body.channels, channels, **how)
+        self.register_buffer("isthing", isthing, persistent=False)
+        self.ibs_weight, self.paired = ibs_weight, paired
+        self.score_threshold, self.overlap, self.stuff_area = score_threshold, overlap, stuff_area
+
+    def losses(self, images, targets):
+        pyramid = self.body(images)
+        features = self.encoder(pyramid).float()
+        losses, embeddings, is_thing = self.family.losses(pyramid, features, targets)
+        if self.ibs_weight:
+            other = pick_targets(torch.tensor([t.image_id for t in targets]), paired=self.paired)
+            losses["ibs"] = self.ibs_weight * ibs_loss(embeddings, features, is_thing, other)
+        return losses
+
+    @torch.no_grad()
+    def predict(self, image, size=None):
+        """image [3, H, W] -> Prediction at `size`, the image's own by default."""
+        size = tuple(size or image.shape[-2:])
+        pyramid = self.body(image[None])
+        features = self.encoder(pyramid).float()
+        e, scores, categories = self.family.embed(pyramid, features)
+        logits = (e @ features[0].flatten(1)).unflatten(1, features.shape[-2:])
+        area = self.stuff_area * size[0] * size[1] / (1024 * 2048)
+        merged = merge(logits, scores, categories, self.isthing, size, self.score_threshold, self.overlap, area)
+        things = torch.where(self.isthing[categories])[0]
+        masks = torch.zeros(len(things), *size, dtype=torch.bool, device=image.device)
+        for i, k in enumerate(things.tolist()):
+            masks[i] = F.interpolate(logits[None, None, k], size=size, mode="bilinear")[0, 0] > 0
+        x, y = masks.any(1).float(), masks.any(2).float()
+        first, last = [v.argmax(1) for v in (x, y)], [v.shape[1] - v.flip(1).argmax(1) for v in (x, y)]
+        boxes = torch.stack([*first, *last], 1).float()
+        return Prediction(*merged, {"masks": masks, "boxes": boxes, "scores": scores[things], "categories": categories[things]})
+
+
+FAMILIES = {"kernels": Kernels, "queries": Queries}

@@ -2,7 +2,7 @@
 
     python train.py                                         toy street scenes, a thin backbone, some minutes on a CPU
     python train.py --dataset cityscapes --root DIR         the real thing; idd, coco and mapillary likewise
-    python train.py --method seamless|adaptis|affinity|maskrcnn   who segments (maskrcnn: torchvision's, as a peer)
+    python train.py --method seamless|adaptis|affinity|ibs|maskrcnn   who segments (maskrcnn: torchvision's, as a peer)
     python train.py --dataset cells                         the toy problem of AdaptIS; hours, or --steps 10000
     python train.py --resume RUN                            go on as if the run had not stopped
     python train.py --eval RUN/last.pt [--root DIR]         full-image evaluation
@@ -43,6 +43,7 @@ import adaptis
 import affinity_head
 import cabb_loss
 import data
+import ibs
 import isus
 import seamless
 from pq import AveragePrecision, PanopticQuality
@@ -132,7 +133,31 @@ AFFINITY = {
     "coco": {**PLAIN, **dict(sampler="full", short_side=800, scale=[1.0, 1.0], scale_things=[1.0, 1.0], jitter=0.0, batch=16, lr=0.02, steps=200000,
                              drops=[0.75, 0.95], loss_weights=[1.0, 0.2, 0.1], variant="C", score_threshold=0.75)},
 }
-OF_METHODS = {"adaptis": ADAPTIS, "affinity": AFFINITY}      # laid over the recipe of the data set
+# De Geus and Dubbelman 2023, section 5.2.  Kernels (Panoptic FCN): Cityscapes 65k steps of 32 crops of 512x1024, Vistas 150k of 32
+# crops of 1024x1024, shortest side 1024 to 2048.  Queries (Mask2Former): 90k and 300k steps of 16.  `--sampler full --batch 4
+# --steps 100000` is full-image training on Cityscapes.  Choice: rates, drops and decay are those usual for the two networks; the
+# weight of IBS is 1 (the text has none).
+KERNELS = dict(embeddings="kernels", ibs_weight=1.0, embedding_channels=64, sampler="paired", batch=32, lr=0.02, steps=65000, warmup=500,
+               drops=[0.65, 0.9], scale=[0.5, 2.0], scale_things=[0.5, 2.0], score_threshold=0.3, overlap=0.5, queries=100)
+QUERIES = dict(embeddings="queries", embedding_channels=256, batch=16, lr=1e-4, decay=0.05, clip=0.01, warmup=0, steps=90000, drops=[0.9, 0.95],
+               score_threshold=0.8, overlap=0.8)
+IBS = {
+    "street": {**KERNELS, **dict(batch=4, lr=0.04, steps=850, warmup=50, drops=[0.6, 0.85], scale=[0.8, 1.25], scale_things=[0.8, 1.25], embedding_channels=32)},
+    "cityscapes": KERNELS,
+    "idd": KERNELS,
+    "mapillary": {**KERNELS, **dict(steps=150000, short_side=1024, scale=[1.0, 2.0], scale_things=[1.0, 2.0], crop=[1024, 1024])},
+    "coco": KERNELS,
+    "cells": {**KERNELS, **dict(batch=4, steps=137500, embedding_channels=32, scale=[1.0, 1.0], scale_things=[1.0, 1.0])},
+}
+IBS_QUERIES = {
+    "street": {**QUERIES, **dict(batch=4, lr=1e-3, steps=850, warmup=50, drops=[0.6, 0.85], clip=1.0, embedding_channels=64, score_threshold=0.5, overlap=0.5, queries=60)},
+    "cityscapes": QUERIES,
+    "idd": QUERIES,
+    "mapillary": {**QUERIES, **dict(steps=300000)},
+    "coco": QUERIES,
+    "cells": {**QUERIES, **dict(batch=4, steps=137500, embedding_channels=64)},
+}
+OF_METHODS = {"adaptis": ADAPTIS, "affinity": AFFINITY, "ibs": IBS}      # laid over the recipe of the data set
 SPLITS = {"cityscapes": ("train", "val"), "idd": ("train", "val"), "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
 
 
@@ -200,14 +225,28 @@ def build_sampler(dataset, args, world, folder, start):
         folder.parent.mkdir(parents=True, exist_ok=True)
         cache = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
         share = world.rank, world.size, args["workers"]
+    if args["sampler"] == "paired" and args["batch"] // world.size % 2:
+        raise UserError(f"--sampler paired: {args['batch'] // world.size} crops a process are not made of pairs; take an even number")
     colour = functools.partial(data.colour_jitter, strength=args["jitter"], hue=args["hue"]) if args["jitter"] else None
     try:
-        if args["sampler"] in ("isus", "cus"):
+        if args["sampler"] in ("isus", "cus", "paired"):
             index = isus.build_index(dataset, cache, *share)
+        if args["sampler"] == "paired":
+            return ibs.PairedCropSampler(dataset, args["crop"], args["short_side"], args["scale"], args["seed"], start // 2, world.rank,
+                                         world.size, args["flip"], colour, index)
         return isus.CropSampler(dataset, args["crop"], args["sampler"], args["short_side"], args["scale_things"], args["scale"], args["seed"],
                                 start, world.rank, world.size, canonical=args["canonical"], flip=args["flip"], augment=colour, index=index)
     except ValueError as e:
         raise e if isinstance(e, data.DataError) else UserError(f"--sampler {args['sampler']}: {e}") from e
+
+
+def draw_crops(loader, count):
+    """`count` crops from a loader that gives one or a pair at a time."""
+    crops = []
+    while len(crops) < count:
+        item = next(loader)
+        crops += [item] if isinstance(item[0], torch.Tensor) else item
+    return crops
 
 
 def collate(crops):
@@ -356,6 +395,17 @@ class Affinity(nn.Module):
         return self.trim(self.readings(image, size, (self.reading,))[self.reading])
 
 
+class Unified(ibs.UnifiedNet):
+    """Embeddings times features, with intra-batch supervision unless its weight is 0; queries learn by AdamW."""
+
+    def __init__(self, categories, args):
+        how = dict(queries=args["queries"]) if args["embeddings"] == "queries" else dict(canonical=args["canonical"])
+        super().__init__([k.isthing for k in categories], build_body(args), args["embeddings"], args["embedding_channels"], args["ibs_weight"],
+                         args["sampler"] == "paired", args["score_threshold"], args["overlap"], args["stuff_area"], **how)
+        if args["embeddings"] == "queries":
+            self.stages = lambda: [("all", parameter_groups(self, args), lambda g: torch.optim.AdamW(g, args["lr"], weight_decay=args["decay"]), 1.0)]
+
+
 class MaskRCNN(nn.Module):
     """torchvision's own Mask R-CNN on the same body, stuff by the same semantic head, fused by the same rule: the peer."""
 
@@ -438,12 +488,12 @@ def known_cross_entropy(logits, target):
 
 
 # (categories, args) -> a module that keeps the protocol above
-METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "affinity": Affinity, "maskrcnn": MaskRCNN}
+METHODS = {"seamless": build_seamless, "adaptis": build_adaptis, "affinity": Affinity, "ibs": Unified, "maskrcnn": MaskRCNN}
 SEMANTIC_LOSSES = {"hardest": seamless.hardest_pixels_loss, "cross-entropy": known_cross_entropy, "lovasz": affinity_head.lovasz_softmax}
 ROI_MASK_LOSSES = {"bce": F.binary_cross_entropy_with_logits, "lovasz": affinity_head.lovasz_hinge}
 MASK_LOSSES = {"nfl": adaptis.normalized_focal_loss, "focal": adaptis.focal_loss, "bce": adaptis.binary_cross_entropy}
 BOX_LOSSES = {"cabb": cabb_loss.cabb_loss, "standard": cabb_loss.box_loss}   # (deltas, gt, anchors, beta, crop_size, truncated) -> [N]
-SAMPLERS = isus.MODES                                                         # which crops to train on
+SAMPLERS = (*isus.MODES, "paired")                                                         # which crops to train on
 
 
 # --- Where it runs --------------------------------------------------------------------------------------------------------
@@ -524,7 +574,7 @@ def load_checkpoint(path, explicit):
     for flag in ("method", "body"):
         if explicit.get(flag, state["args"][flag]) != state["args"][flag]:
             raise UserError(f"{path} was trained with --{flag} {state['args'][flag]}, not {explicit[flag]}; leave --{flag} away or train anew")
-    new = settings({k: state["args"][k] for k in ("dataset", "method")})           # flags younger than the checkpoint
+    new = settings({k: state["args"][k] for k in ("dataset", "method", "embeddings") if k in state["args"]})     # flags younger than the checkpoint
     return state, {**new, **state["args"], **explicit}
 
 
@@ -794,7 +844,7 @@ def train(args, world, folder, state=None):
             model.train()
             for g, lr in zip(optimiser.param_groups, base):
                 g["lr"] = lr * rate(step - first, edge - first, args)
-            images, targets = collate([next(loader) for _ in range(args["batch"] // world.size)])
+            images, targets = collate(draw_crops(loader, args["batch"] // world.size))
             images = images.to(world.device, memory_format=torch.channels_last, non_blocking=True)
             with world.autocast():
                 losses = wrapped(images, [t.to(world.device) for t in targets])
@@ -1003,6 +1053,9 @@ def parse(argv):
     model.add_argument("--true-boxes", action="store_true", help="affinity trained on the true boxes instead of its own")
     model.add_argument("--reading", choices=["affinity", "argmax", "heuristic"], help="how affinity's outputs become segments")
     model.add_argument("--loss-weights", type=float, nargs=3, metavar=("D", "S", "P"), help="of affinity's detection, semantic and panoptic losses")
+    model.add_argument("--embeddings", choices=list(ibs.FAMILIES), help="of ibs: after Panoptic FCN or after Mask2Former")
+    numbers(model, float, ibs_weight="of intra-batch supervision, 0: none", overlap="that a segment of ibs keeps when all are merged")
+    numbers(model, int, embedding_channels="C of embeddings and features", queries="of the query network")
     model.add_argument("--ratios", type=float, nargs="+", help="height over width of the anchors")
     run.add_argument("--sampler", choices=SAMPLERS), run.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
     numbers(run, int, short_side="shorter side of a picture in pixels, 0: as it is", batch="crops a step, over all processes", steps="length",
@@ -1027,7 +1080,8 @@ def settings(explicit):
     """All arguments of a new run: defaults, the data set's recipe over them, what was given over both."""
     dataset = explicit.get("dataset", "street")
     method = explicit.get("method", RECIPES[dataset].get("method", DEFAULTS["method"]))
-    args = {**DEFAULTS, **RECIPES[dataset], **OF_METHODS.get(method, {}).get(dataset, {}), **explicit, "method": method}
+    queries = IBS_QUERIES[dataset] if method == "ibs" and explicit.get("embeddings") == "queries" else {}
+    args = {**DEFAULTS, **RECIPES[dataset], **OF_METHODS.get(method, {}).get(dataset, {}), **queries, **explicit, "method": method}
     return {**args, "frozen": 0} if args["no_freeze"] or args["weights"] == "none" else args
 
 

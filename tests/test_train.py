@@ -292,8 +292,8 @@ def test_every_method_gives_zero_losses_with_gradients_on_pictures_without_thing
         images, targets = train.collate([data.crop(nothing, 0, 0, (64, 96))] * 2)
         losses = model.losses(images, targets)
         sum(losses.values()).backward()
-        assert losses["semantic"] == 0 and all(torch.isfinite(v) for v in losses.values())
-        head = model.semantic if method == "adaptis" else getattr(model, "base", model).semantic_head
+        assert losses["mask" if method == "ibs" else "semantic"] == 0 and all(torch.isfinite(v) for v in losses.values())
+        head = {"adaptis": lambda: model.semantic, "ibs": lambda: model.encoder}.get(method, lambda: getattr(model, "base", model).semantic_head)()
         assert all(p.grad is not None for p in head.parameters())
 
 
@@ -463,6 +463,55 @@ def test_affinity_flags_that_contradict_each_other_end_in_a_sentence(capsys, tra
     assert "another network" in sentence(capsys, "--eval", trained / "last.pt", "--width", 8)
     assert "seamless" in sentence(capsys, "--eval", trained / "last.pt", "--readings")
     assert "--eval" in sentence(capsys, "--readings")
+
+
+# --- Intra-batch supervision ----------------------------------------------------------------------------------------------
+
+IBS = ("--method", "ibs", "--embedding-channels", 16, "--queries", 24, *SMALL)
+
+
+@pytest.mark.parametrize("words", [(), ("--embeddings", "queries"), ("--sampler", "uniform"), ("--sampler", "full"), ("--sampler", "isus")], ids=" ".join)
+@pytest.mark.parametrize("weight", [0, 1])
+def test_both_families_train_with_and_without_intra_batch_supervision(words, weight, tmp_path):
+    call(*IBS, *words, "--ibs-weight", weight, "--steps", 2, "--eval-count", 1, "--out", tmp_path / "run")
+    columns = (tmp_path / "run" / "log.csv").read_text().splitlines()[0].split(",")
+    assert ("ibs" in columns) == bool(weight) and {"mask"} < set(columns) and ("dice" in columns) == ("queries" in words)
+    call("--eval", tmp_path / "run" / "last.pt", "--eval-count", 1, "--out", tmp_path)
+
+
+def test_a_run_of_pairs_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """4.2: the sampler counts pairs, the run counts crops."""
+    for embeddings in ("kernels", "queries"):
+        whole, parts = tmp_path / f"{embeddings} whole", tmp_path / f"{embeddings} parts"
+        call(*IBS, "--embeddings", embeddings, "--steps", 4, "--out", whole)
+        call(*IBS, "--embeddings", embeddings, "--steps", 4, "--stop-at", 2, "--out", parts)
+        call("--resume", parts)
+        a, b = (torch.load(p / "last.pt", weights_only=True)["model"] for p in (whole, parts))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_crops_of_a_pair_are_neighbours_in_the_batch():
+    """4.2: "we then make sure that IBS is applied between the crops that contain different segments of the same class"."""
+    args = train.settings({"method": "ibs", "scenes": 8, "batch": 6, "workers": 0, "device": "cpu"})
+    sampler = train.build_sampler(train.open_dataset(args, True), args, train.World(args), Path("nowhere"), 0)
+    for _, targets in [train.collate(train.draw_crops(iter(sampler), 6)) for _ in range(2)]:
+        kinds = [int(t.categories[t.instance - 1]) for t in targets]
+        assert len(targets) == 6 and kinds[::2] == kinds[1::2] and all(a.image_id != b.image_id for a, b in zip(targets[::2], targets[1::2]))
+
+
+def test_the_recipes_of_both_families_are_the_papers():
+    """Section 5.2."""
+    def recipe(dataset, *keys, **flags):
+        args = train.settings({"dataset": dataset, "method": "ibs", **flags})
+        return [args[k] for k in keys]
+    assert recipe("cityscapes", "steps", "batch", "crop", "scale", "sampler") == [65000, 32, [512, 1024], [.5, 2.], "paired"]
+    assert recipe("mapillary", "steps", "batch", "crop", "scale", "short_side") == [150000, 32, [1024, 1024], [1., 2.], 1024]
+    assert recipe("cityscapes", "steps", "batch", "crop", embeddings="queries") == [90000, 16, [512, 1024]]
+    assert recipe("mapillary", "steps", "batch", "crop", embeddings="queries") == [300000, 16, [1024, 1024]]
+
+
+def test_an_odd_number_of_crops_is_not_made_of_pairs(capsys, tmp_path):
+    assert "even" in sentence(capsys, *IBS, "--batch", 3, "--steps", 1, "--out", tmp_path / "a")
 
 
 def test_a_checkpoint_from_before_a_flag_existed_still_opens(trained, tmp_path):
