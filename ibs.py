@@ -18,6 +18,7 @@ a common class have nothing to confuse.  So section 4.2 draws crops in pairs tha
 What the paper claims: PQ of things up by 2.5, pixel accuracy and precision of things by 5.8 (Panoptic FCN, Cityscapes);
 far fewer predicted things that cover a quarter of two true ones.
 
+    python ibs.py               how often two crops have something to confuse, drawn at random and in pairs
     pytest tests/test_ibs.py    the claims of this file as an executable spec
 
 A target has `segments` int64 [h, w] (0 is void, k > 0 is segment k), `categories` [N], `crowd` [N], `boxes` [N, 4] of what
@@ -609,3 +610,41 @@ class UnifiedNet(nn.Module):
 
 
 FAMILIES = {"kernels": Kernels, "queries": Queries}
+
+
+# --- What to see: python ibs.py -----------------------------------------------------------------------------------------
+
+def demo(draws=300):
+    """How often is the supervision of 4.1 meaningful?  Two crops of toy streets, drawn at random and by PairedCropSampler: the
+    share of draws where both show a thing of one class, and where two such things are of a similar size (within 10%)."""
+    try:
+        import data
+        import isus
+    except ImportError:
+        print("data.py and isus.py are not beside this file: there is nothing to draw crops from")
+        return
+    scenes, size = data.StreetScenes(60, seed=1), (128, 192)
+    isthing = torch.tensor([k.isthing for k in scenes.categories])
+    index = isus.build_index(scenes)
+    uniform = isus.CropSampler(scenes, size, "uniform", r_th=(0.5, 2.0), index=index)
+    paired = PairedCropSampler(scenes, size, index=index)
+    sources = {"at random": lambda k: [uniform.crop(n)[1] for n in (2 * k, 2 * k + 1)],
+               "in pairs": lambda k: [target for _, target in paired.pair(k)]}
+    print(f"two crops of {size[0]}x{size[1]}, {draws} draws       a class in common    of a similar size")
+    for name, draw in sources.items():
+        common = similar = 0
+        for k in range(draws):
+            things = []
+            for t in draw(k):
+                area = torch.bincount(t.segments.flatten(), minlength=len(t.categories) + 1)[1:].float().sqrt()
+                keep = isthing[t.categories]
+                things.append((t.categories[keep], area[keep]))
+            (a, x), (b, y) = things
+            same = a[:, None] == b
+            ratio = torch.maximum(x[:, None] / y, y / x[:, None])
+            common, similar = common + int(same.any()), similar + int((same & (ratio < 1.1)).any())
+        print(f"  {name:34s} {100 * common / draws:14.0f}% {100 * similar / draws:19.0f}%")
+
+
+if __name__ == "__main__":
+    demo()
