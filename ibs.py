@@ -159,8 +159,8 @@ class PairedCropSampler(IterableDataset):
 
 # --- 3.1 Unified panoptic segmentation: what both families share --------------------------------------------------------
 # masks = sigmoid(E F): N embeddings of C numbers, a feature map of C channels at stride 4.  They differ in where E comes from.
-# The papers of the two families are not at hand; what follows is the smallest honest form of what is commonly known of them,
-# and each part of it is a choice of ours where it says so.
+# Choice: the papers of the two families are not at hand.  What follows is the smallest honest form of what is commonly known of
+# them, and their numbers (widths of bumps, seven positions, weights, thresholds) are ours.
 
 class GroupNorm(nn.GroupNorm):
     """GN with 32 groups, fewer for thin layers so that a group has four channels at least.  In float32, as CUDA's autocast has it."""
@@ -428,8 +428,7 @@ class Queries(nn.Module):
 
     def answers(self, pyramid, features):
         """-> of every layer, the untouched queries first: class logits [B, N, categories + 1], embeddings [B, N, C]."""
-        b, size = len(features), features.shape[-2:]
-        q, place = self.query.weight.expand(b, -1, -1), self.place.weight.expand(b, -1, -1)
+        q, place = (v.weight.expand(len(features), -1, -1) for v in (self.query, self.place))
         out = [self.answer(q)]
         for i, (cross, among, feed, norms) in enumerate(zip(self.cross, self.among, self.feed, self.norms)):
             k = i % len(self.strides)
@@ -444,6 +443,7 @@ class Queries(nn.Module):
         return out
 
     def answer(self, q):
+        """Queries [B, N, C] -> what they are, class logits [B, N, categories + 1], and what they look like, embeddings [B, N, C]."""
         q = self.norm(q)
         return self.name(q).float(), self.mask(q).float()
 
