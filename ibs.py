@@ -25,8 +25,14 @@ A target has `segments` int64 [h, w] (0 is void, k > 0 is segment k), `categorie
 shows (x1 y1 x2 y2 in pixels, half open), and `image_id`, which picture the crop comes from.  A sample and a data set are
 those of isus.py.
 """
+import argparse
+import colorsys
+import copy
 import hashlib
 import math
+import os
+import time
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -217,6 +223,12 @@ def dice(logits, truth, known):
     return 1 - 2 * (p * y).sum((-2, -1)) / ((p * p).sum((-2, -1)) + (y * y).sum((-2, -1))).clamp(min=1e-3)
 
 
+def cross_entropy(logits, truth, known):
+    """The mean of log(1 + e^x) - x y over the cells that count; shapes as in `dice`."""
+    x = logits.float()
+    return ((F.softplus(x) - x * truth) * known).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
+
+
 # --- Embeddings as kernels, after Panoptic FCN (Li et al., CVPR 2021) ---------------------------------------------------
 
 class Place(NamedTuple):
@@ -234,7 +246,10 @@ class Kernels(nn.Module):
     peak of a thing, one for each region of stuff.
 
     Levels of strides 8, 16, 32 with shared weights; a thing belongs to one, by the root of its box's area: to the first below
-    `canonical` pixels, to the second below twice that.  Choice: no further levels."""
+    `canonical` pixels, to the second below twice that.  Choice: no further levels.
+    Deviation: beside its dice a mask has a cross entropy.  Where all logits of a mask are far below 0 the dice has no gradient
+    left, as p (1 - p) has none: trained by dice alone the ground of the parking lot died in every second run, at logits of -27
+    wherever it was, and never came back.  At -27 the cross entropy pulls with its full strength."""
     strides = (8, 16, 32)
 
     def __init__(self, isthing, c_in, channels, canonical=64, layers=2, positions=7, score_threshold=0.3, similarity=0.9, detections=100,
@@ -244,6 +259,7 @@ class Kernels(nn.Module):
                                       for _ in range(2))
         self.heat, self.out = nn.Conv2d(channels, len(isthing), 3, padding=1), nn.Conv2d(channels, channels, 1)
         nn.init.constant_(self.heat.bias, -math.log(99))                      # nearly everywhere is nothing, as focal losses start
+        nn.init.normal_(self.out.weight, std=0.01), nn.init.zeros_(self.out.bias)               # all masks begin at 1/2
         self.register_buffer("isthing", isthing, persistent=False)
         self.canonical, self.positions, self.weights = canonical, positions, weights
         self.score_threshold, self.similarity, self.detections = score_threshold, similarity, detections
@@ -295,7 +311,7 @@ class Kernels(nn.Module):
 
         The `positions` best-scored cells of a bump (where it is above .1) stand for a thing, each with its own kernel and a
         weight in proportion to its score, which learns from the heat maps only (weighted dice); stuff is the mean kernel of its
-        region over all levels; "mask" is the mean over all segments of the batch, "position" over its pictures.  What intra-batch
+        region over all levels; "mask", dice plus cross entropy, is the mean over all segments of the batch, "position" over its pictures.  What intra-batch
         supervision gets of a thing is the weighted mean of its kernels, as inference fuses them."""
         maps = self.maps(pyramid)
         position, masks, embeddings, is_thing = [], [], [], []
@@ -312,7 +328,8 @@ class Kernels(nn.Module):
                     weight = weight / weight.sum(1, keepdim=True)
                     own = kernel.flatten(1).T[cell]                                                            # [n, k, C]
                     logits = (own @ features[b].flatten(1)).unflatten(-1, known.shape)
-                    masks.append((weight * dice(logits, truth[place.things][:, None], known)).sum(1))
+                    y = truth[place.things][:, None]
+                    masks.append((weight * (dice(logits, y, known) + cross_entropy(logits, y, known))).sum(1))
                     found.append((weight[..., None] * own).sum(1))
                 for row, region in zip(place.stuff.tolist(), place.regions):
                     regions.setdefault(row, []).append(kernel[:, region > 0])
@@ -321,7 +338,8 @@ class Kernels(nn.Module):
             rows = [row for row, k in regions.items() if k.shape[1]]
             if rows:
                 mean = torch.stack([regions[row].mean(1) for row in rows])
-                masks.append(dice((mean @ features[b].flatten(1)).unflatten(-1, known.shape), truth[rows], known))
+                logits = (mean @ features[b].flatten(1)).unflatten(-1, known.shape)
+                masks.append(dice(logits, truth[rows], known) + cross_entropy(logits, truth[rows], known))
                 found.append(mean)
             embeddings.append(torch.cat(found) if found else features.new_zeros(0, features.shape[1]))
             is_thing.append(torch.arange(len(embeddings[-1]), device=features.device) < things)
@@ -407,11 +425,12 @@ class Queries(nn.Module):
     Layers take the levels of strides 32, 16, 8 in turn.  Every layer's answer is supervised (deep supervision): matched to the
     truth one to one by the costs that it is trained with, 2 class + 5 cross entropy + 5 dice; unmatched queries are "no
     object", which weighs a tenth.  Segments without a cell at stride 4 are not asked for (section 5.2's correction: a
-    prediction "which the network could not make").  Choice: losses see every cell at stride 4, not a sample of points; three
-    layers, not nine."""
+    prediction "which the network could not make"); `outside` asks for them, with an empty mask, to see what happens then.
+    Choice: losses see every cell at stride 4, not a sample of points; three layers, not nine."""
     strides = (32, 16, 8)
 
-    def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1, weights=(2.0, 5.0, 5.0)):
+    def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1, weights=(2.0, 5.0, 5.0),
+                 outside=False, things_only=False):
         super().__init__()
         self.register_buffer("isthing", isthing, persistent=False)
         self.register_buffer("class_weight", torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])]), persistent=False)
@@ -424,7 +443,7 @@ class Queries(nn.Module):
         self.norms = nn.ModuleList(nn.ModuleList(nn.LayerNorm(c) for _ in range(3)) for _ in range(layers))
         self.norm, self.name = nn.LayerNorm(c), nn.Linear(c, len(isthing) + 1)
         self.mask = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c))
-        self.weights, self.heads = weights, heads
+        self.weights, self.heads, self.outside, self.things_only = weights, heads, outside, things_only
 
     def answers(self, pyramid, features):
         """-> of every layer, the untouched queries first: class logits [B, N, categories + 1], embeddings [B, N, C]."""
@@ -463,14 +482,14 @@ class Queries(nn.Module):
         for logits, e in self.answers(pyramid, features):
             embeddings, is_thing, names, ce, overlap = [], [], [], [], []
             for b, (t, (masks, known)) in enumerate(zip(targets, truth)):
-                rows = torch.where(~t.crowd & masks.flatten(1).any(1))[0]
+                asked = ~t.crowd & (self.outside | masks.flatten(1).any(1))
+                rows = torch.where(asked & self.isthing[t.categories] if self.things_only else asked)[0]
                 x = (e[b] @ features[b].flatten(1)).unflatten(1, known.shape)                                  # [N, h, w]
                 chosen = self.match(logits[b], x, t.categories[rows], masks[rows], known)
                 name = torch.full((len(x),), len(self.isthing), device=x.device)
                 name[chosen] = t.categories[rows]
                 names.append(name)
-                cells = known.sum().clamp(min=1)
-                ce.append((F.binary_cross_entropy_with_logits(x[chosen], masks[rows], reduction="none") * known).sum((1, 2)) / cells)
+                ce.append(cross_entropy(x[chosen], masks[rows], known))
                 overlap.append(dice(x[chosen], masks[rows], known))
                 embeddings.append(e[b, chosen]), is_thing.append(self.isthing[t.categories[rows]])
             n = max(sum(len(v) for v in ce), 1)
@@ -502,6 +521,18 @@ class Queries(nn.Module):
         scores, categories = logits[0].softmax(1).max(1)
         named = categories < len(self.isthing)
         return e[0, named], scores[named], categories[named]
+
+
+def ask_outside(target, categories):
+    """Undoes section 5.2's correction: a target with a row for every segment of its PICTURE.  Those outside of the crop, which
+    target.segments does not show, are appended; categories int64 [M]: of the picture's segments, no crowds.  With
+    Queries(outside=True) each of them gets a query that is taught to name a thing and to show nothing."""
+    n = max([0, *categories.tolist(), *target.categories.tolist()]) + 1
+    missing = torch.bincount(categories, minlength=n) - torch.bincount(target.categories[~target.crowd], minlength=n)
+    more = torch.arange(n, device=missing.device).repeat_interleave(missing.clamp(min=0))
+    rows = {k: F.pad(getattr(target, k), (0, 0) * (getattr(target, k).ndim - 1) + (0, len(more)))
+            for k in ("crowd", "boxes", "full_boxes", "truncated")}
+    return replace(target, categories=torch.cat([target.categories, more]), **rows)
 
 
 def sine(x):
@@ -612,39 +643,267 @@ class UnifiedNet(nn.Module):
 FAMILIES = {"kernels": Kernels, "queries": Queries}
 
 
+# --- What it costs ------------------------------------------------------------------------------------------------------
+
+def ledger(net, size=(1024, 2048)):
+    """One picture of `size` through a UnifiedNet -> {part: (parameters, multiply-adds)}, the products of embeddings and features
+    last: N of them, as many as there are queries, or 100 kernels.
+
+    Convention: a multiply-add is one product in a convolution, a fully connected layer or an attention; norms, interpolations and
+    softmax are not counted, as is the custom.  On the meta device the pass costs nothing, whatever the size."""
+    from torch.utils.flop_counter import FlopCounterMode
+    net = copy.deepcopy(net).eval().requires_grad_(False).to("meta")
+    count = FlopCounterMode(display=False)                                    # floating point operations, two a multiply-add
+    work = {}
+
+    def counted(name, function, *args):
+        with count:
+            out = function(*args)
+        work[name] = count.get_total_flops() // 2
+        return out
+    pyramid = counted("body", net.body, torch.empty(1, 3, *size, device="meta"))
+    features = counted("feature encoder", net.encoder, pyramid)
+    if isinstance(net.family, Kernels):
+        counted("embeddings", net.family.maps, pyramid)
+        n = net.family.detections
+    else:                                                                     # its masks between the layers included
+        n = counted("embeddings", net.family.answers, pyramid, features)[-1][1].shape[1]
+    work["embeddings x features"] = n * features.numel()
+    parts = {"body": net.body, "feature encoder": net.encoder, "embeddings": net.family}
+    return {k: (sum(p.numel() for p in parts[k].parameters()) if k in parts else 0, w) for k, w in work.items()}
+
+
+# --- Scenes on which crops confuse --------------------------------------------------------------------------------------
+
+class Category(NamedTuple):
+    """A kind of segment: things can be counted, stuff cannot; the colour is for pictures of it."""
+    name: str
+    isthing: bool
+    colour: tuple
+
+
+@dataclass
+class Sample:
+    """A picture and its truth: segment k >= 1 of `segments` [H, W] is of categories[k - 1]; 0 is void."""
+    image: torch.Tensor       # float32 [3, H, W] in 0..1, RGB
+    segments: torch.Tensor    # int64 [H, W]
+    categories: torch.Tensor  # int64 [N]
+    crowd: torch.Tensor       # bool [N]
+    name: str
+
+
+class Parking:
+    """Three rows of parked cars, vans and buses, nose to the front: about 18 large things a picture, of three shapes.  Within a
+    category only paint, size and what hides them tell them apart.  Segments 1 and 2 are ground and hedge (stuff), the
+    vehicles follow from the back to the front.  Picture i depends on (seed, i) alone.
+
+    Choice: a vehicle of which fewer than 40 pixels show is void; most neighbours in a row are of one kind."""
+    categories = [Category("ground", False, (128, 128, 128)), Category("hedge", False, (107, 142, 35)), Category("car", True, (0, 0, 142)),
+                  Category("van", True, (0, 60, 100)), Category("bus", True, (119, 11, 32))]
+    # width and height in pixels; the share of the height that leans in, the roof's width as a share of the body's, where glass begins
+    SHAPES = ((38, 28, 0.45, 0.7, 0.55), (36, 36, 0.3, 0.85, 0.65), (44, 46, 0.08, 0.96, 0.5))
+    SMALLEST = 40
+
+    def __init__(self, length, size=(128, 256), rows=3, seed=0):
+        self.length, self.size, self.rows, self.seed = length, size, rows, seed
+
+    def __len__(self):
+        return self.length
+
+    def labels(self, i):
+        """Segments, categories, crowd of picture i."""
+        s = self[i]
+        return s.segments, s.categories, s.crowd
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.length:
+            raise IndexError(f"picture {i} of {self.length}")
+        random = np.random.default_rng([self.seed, i])
+        (h, w), horizon = self.size, int(0.2 * self.size[0])
+        image, owner, kinds = np.empty((h, w, 3), np.float32), np.zeros((h, w), np.int64), []
+        image[:], image[:horizon] = random.uniform(0.35, 0.55), np.array([0.25, 0.45, 0.2]) * random.uniform(0.7, 1.2)
+        for row in range(1, self.rows + 1):                                   # from the hedge to the viewer
+            depth = row / self.rows
+            bottom = horizon + (0.97 * h - horizon) * depth + random.uniform(-2, 2)
+            scale, usual, x = (0.75 + 0.35 * depth) * random.uniform(0.95, 1.05), random.integers(3), random.uniform(-30, 10)
+            while x < w:
+                kind = usual if random.random() < 0.7 else random.integers(3)
+                width, height = (n * scale * random.uniform(0.95, 1.05) for n in self.SHAPES[kind][:2])
+                if random.random() > 0.12:                                    # else the place is free
+                    kinds.append(kind)
+                    self.paint(image, owner, len(kinds), kind, x, bottom + random.uniform(-1.5, 1.5), width, height, random)
+                x += width * random.uniform(1.02, 1.15)
+        image += random.normal(0, 0.03, (h, w, 1))
+        seen = np.bincount(owner.ravel(), minlength=len(kinds) + 1) >= self.SMALLEST
+        seen[0] = False
+        segments = np.where(seen, seen.cumsum() + 2, 0)[owner]
+        ground = np.repeat([2, 1], [horizon, h - horizon])[:, None]
+        segments = np.where(owner == 0, ground, segments)
+        categories = [0, 1] + [2 + k for k, s in zip(kinds, seen[1:]) if s]
+        image = torch.from_numpy(image.clip(0, 1).transpose(2, 0, 1).copy())
+        return Sample(image, torch.from_numpy(segments), torch.tensor(categories), torch.zeros(len(categories), dtype=torch.bool),
+                      f"parking-{self.seed}-{i}")
+
+    def paint(self, image, owner, number, kind, left, bottom, width, height, random):
+        """One vehicle over all that is there: image [h, w, 3] and owner [h, w] change."""
+        lean, roof, sill = self.SHAPES[kind][2:]
+        (y0, x0), (y1, x1) = ((max(0, int(v)) for v in (bottom - height, left)),
+                              (min(n, int(v) + 1) for n, v in zip(owner.shape, (bottom, left + width))))
+        u = np.abs((np.arange(x0, x1) + 0.5 - left) / width * 2 - 1)[None]    # 0 in the middle, 1 at the sides
+        v = ((bottom - np.arange(y0, y1) - 0.5) / height)[:, None]            # 0 on the ground, 1 at the top
+        side = 1 - (1 - roof) * ((v - 1 + lean) / lean).clip(0)               # half the body's width at this height
+        tyre = (v < 0.16) & (u > 0.5)
+        paint = np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0.25, 0.75), random.uniform(0.45, 0.95)))
+        colour = paint * (0.8 + 0.3 * v + 0 * u)[..., None]
+        colour[(u > side - 0.07) | (v + 0 * u > 0.96)] *= 0.75                # its rim
+        colour[(u < 0.85 * side) & (v > sill) & (v < 0.94)] = 0.15, 0.2, 0.25                   # windscreen
+        colour[(np.abs(u - 0.75) < 0.12) & (np.abs(v - 0.36) < 0.06)] = 0.95, 0.95, 0.8         # lamps
+        colour[tyre] = 0.08
+        here = (u < side) & (v > 0) & (v < 1) & (tyre | (v >= 0.16))
+        image[y0:y1, x0:x1][here], owner[y0:y1, x0:x1][here] = colour[here], number
+
+
 # --- What to see: python ibs.py -----------------------------------------------------------------------------------------
 
-def demo(draws=300):
-    """How often is the supervision of 4.1 meaningful?  Two crops of toy streets, drawn at random and by PairedCropSampler: the
-    share of draws where both show a thing of one class, and where two such things are of a similar size (within 10%)."""
+# What a network was trained on, how its batches are drawn, with intra-batch supervision or without; and the paper's Table 3
+# (Panoptic FCN, Mapillary Vistas): PQ_th, Acc_th, Prec_th.
+ROWS = {"full images": ("full", False, "29.8  73.8  80.8"), "crops": ("uniform", False, "31.8  74.7  77.9"),
+        "crops, IBS": ("uniform", True, "32.9  76.3  82.5"), "pairs": ("paired", False, ""), "pairs, IBS": ("paired", True, "33.6  77.0  82.2")}
+
+
+def batches(scenes, index, mode, seed=0):
+    """An endless supply of (images, targets): six crops of 80x160, or whole pictures, two at a time, of another scale each."""
+    import isus
+    how = dict(seed=seed, index=index)
+    if mode == "paired":
+        crops = (crop for pair in PairedCropSampler(scenes, (80, 160), scale=(0.8, 1.25), **how) for crop in pair)
+    else:
+        crops = iter(isus.CropSampler(scenes, (80, 160), mode, r_th=(0.8, 1.25), r_st=(0.8, 1.25), **how))
+    while True:
+        batch = [next(crops) for _ in range(2 if mode == "full" else 6)]
+        h, w = (max(image.shape[d] for image, _ in batch) for d in (1, 2))
+        def fill(v):
+            return F.pad(v, (0, w - v.shape[-1], 0, h - v.shape[-2]))        # with black and void
+        yield torch.stack([fill(image) for image, _ in batch]), [replace(t, segments=fill(t.segments)) for _, t in batch]
+
+
+def learn(net, source, steps, rate=0.04):
+    """SGD with a warm-up of 50 steps and a tenth of the rate after 65% and 90% of them; seconds that it took."""
+    net.train()
+    optimiser, begin = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=1e-4, nesterov=True), time.time()
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, (step + 17) / 50) * 0.1 ** ((step >= 0.65 * steps) + (step >= 0.9 * steps))
+        images, targets = next(source)
+        total = sum(net.losses(images.to(net.isthing.device), [t.to(net.isthing.device) for t in targets]).values())
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        optimiser.step()
+    net.eval()
+    return time.time() - begin
+
+
+def embedding_of(things, truth):
+    """The mask of the best-scored of some instances that covers most of `truth` bool [H, W]; None where none does."""
+    covers = (things["masks"] & truth).sum((1, 2)) > 0.5 * truth.sum()
+    found = torch.where(covers)[0]
+    return things["masks"][found[things["scores"][found].argmax()]] if len(found) else None
+
+
+def demo(full=False):
+    """Figure 5 and Table 3 of the paper in small, and the row that it lacks: pairs without intra-batch supervision.
+
+    Five networks of kernels learn from as many pixels of parking lots each.  Printed: quality on whole pictures, the share of
+    predicted things that are confused (T = 25), the same of the masks before they are merged, which overlap."""
     try:
-        import data
         import isus
+        import pq
+        import seamless
     except ImportError:
-        print("data.py and isus.py are not beside this file: there is nothing to draw crops from")
+        print("isus.py, pq.py and seamless.py are not beside this file: there is nothing to draw crops from and nothing to measure with")
         return
-    scenes, size = data.StreetScenes(60, seed=1), (128, 192)
-    isthing = torch.tensor([k.isthing for k in scenes.categories])
-    index = isus.build_index(scenes)
-    uniform = isus.CropSampler(scenes, size, "uniform", r_th=(0.5, 2.0), index=index)
-    paired = PairedCropSampler(scenes, size, index=index)
-    sources = {"at random": lambda k: [uniform.crop(n)[1] for n in (2 * k, 2 * k + 1)],
-               "in pairs": lambda k: [target for _, target in paired.pair(k)]}
-    print(f"two crops of {size[0]}x{size[1]}, {draws} draws       a class in common    of a similar size")
-    for name, draw in sources.items():
-        common = similar = 0
-        for k in range(draws):
-            things = []
-            for t in draw(k):
-                area = torch.bincount(t.segments.flatten(), minlength=len(t.categories) + 1)[1:].float().sqrt()
-                keep = isthing[t.categories]
-                things.append((t.categories[keep], area[keep]))
-            (a, x), (b, y) = things
-            same = a[:, None] == b
-            ratio = torch.maximum(x[:, None] / y, y / x[:, None])
-            common, similar = common + int(same.any()), similar + int((same & (ratio < 1.1)).any())
-        print(f"  {name:34s} {100 * common / draws:14.0f}% {100 * similar / draws:19.0f}%")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = 7680 if full else 768                                             # of six crops; of two whole pictures 900: as many pixels
+    scenes, unseen = isus.Kept(Parking(400, seed=1)), [Parking(60, seed=0)[i] for i in range(60)]
+    isthing, index, thresholds = torch.tensor([k.isthing for k in Parking.categories]), isus.build_index(scenes), list(range(0, 100, 5))
+    curves, answers = {}, {}
+    print("                          here                                                          paper (Vistas)\n"
+          "trained on     PQ   PQ_th  Acc_th  Prec_th   confused, before merging   seconds     PQ_th Acc_th Prec_th")
+    for name, (mode, supervised, paper) in ROWS.items():
+        torch.manual_seed(0)
+        net = UnifiedNet(isthing, seamless.resnet_fpn("tiny", 64), "kernels", 32, 2.0 * supervised, mode == "paired", canonical=28).to(device)
+        seconds = learn(net, batches(scenes, index, mode), steps * 900 // 768 if mode == "full" else steps)
+        quality, confused, before, answers[name] = pq.PanopticQuality(isthing), 0, 0, []
+        for s in unseen:
+            p, truth = net.predict(s.image.to(device)), (s.segments, s.categories)
+            quality.update(p.segments.cpu(), p.categories, *truth)
+            confused = confused + torch.stack(pq.confusion_ratio(p.segments.cpu(), p.categories, *truth, isthing, thresholds))
+            things = {k: v.cpu() for k, v in p.instances.items()}
+            before = before + torch.stack(pq.confusion_ratio(things["masks"], things["categories"], *truth, isthing, [25]))
+            answers[name].append(things)
+        q, curves[name] = quality.compute(), 100 * confused[0] / confused[1].clamp(min=1)
+        print(f"{name:12s} {q['PQ']:5.1f}  {q['PQ_th']:5.1f}   {q['Acc_th']:5.1f}    {q['Prec_th']:5.1f}      {curves[name][thresholds.index(25)]:5.1f}%  "
+              f"{100 * before[0, 0] / max(before[1, 0], 1):13.1f}%   {seconds:9.0f}     {paper}", flush=True)
+    draw(plt, unseen, answers, thresholds, curves, isthing)
+
+
+def draw(plt, scenes, answers, thresholds, curves, isthing):
+    """figures/ibs.png: the masks of the three most confused embeddings of crops and what became of them, and Figure 5."""
+    cases = []
+    for s, things in zip(scenes, answers["crops"]):
+        for k in torch.where(isthing[s.categories])[0].tolist():
+            truth = s.segments == k + 1
+            mask = embedding_of(things, truth)
+            if mask is not None:
+                area = torch.bincount(s.segments.flatten(), minlength=len(s.categories) + 1)[1:]
+                shared = torch.bincount(s.segments[mask], minlength=len(s.categories) + 1)[1:]
+                others = isthing[s.categories] & (shared > 0.25 * area)
+                cases.append((int(others.sum()), len(cases), s, truth))
+    worst, seen = [], set()
+    for case in sorted(cases, key=lambda c: (-c[0], c[1])):                    # one a picture
+        if case[2].name not in seen and len(worst) < 3:
+            worst.append(case)
+            seen.add(case[2].name)
+    fig = plt.figure(figsize=(13, 5.6), layout="constrained")
+    grid = fig.add_gridspec(3, 4, width_ratios=[1, 1, 1, 1.25])
+    titles = {None: "a vehicle", "crops": "its embedding, trained on crops", "pairs, IBS": "... on pairs, with IBS"}
+    names = [s.name for s in scenes]
+    for i, (count, _, s, truth) in enumerate(worst):
+        for j, (name, title) in enumerate(titles.items()):
+            ax = fig.add_subplot(grid[i, j])
+            mask = truth if name is None else embedding_of(answers[name][names.index(s.name)], truth)
+            picture = s.image.clone()
+            if mask is not None:
+                colour = torch.tensor([0.1, 0.9, 0.2] if name is None else [0.95, 0.1, 0.1])[:, None]
+                picture = picture.mean(0, keepdim=True).expand(3, -1, -1) * 0.55 + 0.25
+                picture[:, mask] = 0.35 * picture[:, mask] + 0.65 * colour
+            ax.imshow(picture.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+            ax.contour(truth, [0.5], colors="lime", linewidths=1)
+            ax.set_axis_off()
+            if mask is None:
+                ax.text(0.5, 0.5, "not found", transform=ax.transAxes, ha="center", color="white")
+            if i == 0:
+                ax.set_title(title, fontsize=11)
+    ax = fig.add_subplot(grid[:, 3])
+    styles = {"full images": ("black", "-"), "crops": ("tab:red", "-"), "crops, IBS": ("tab:blue", "-"), "pairs": ("tab:red", "--"),
+              "pairs, IBS": ("tab:blue", "--")}
+    for name, values in curves.items():
+        ax.plot(thresholds, values, color=styles[name][0], ls=styles[name][1], lw=2, label=name)
+    ax.set(xlabel="T: share of a true thing that must be covered, %", ylabel="predicted things confused between two, %", xlim=(0, 95), ylim=(0, None))
+    ax.set_title("confusion (Figure 5)", fontsize=11)
+    ax.legend()
+    ax.grid(alpha=0.3)
+    os.makedirs("figures", exist_ok=True)
+    fig.savefig("figures/ibs.png", dpi=90)
+    plt.close(fig)
+    print("-> figures/ibs.png")
 
 
 if __name__ == "__main__":
-    demo()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="train ten times as long")
+    demo(parser.parse_args().full)

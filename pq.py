@@ -199,16 +199,43 @@ def confusion_ratio(pred_segments, pred_categories, gt_segments, gt_categories, 
 
     Confused at T: it covers more than T percent of the area of each of at least two ground truth things, of whatever
     category. Counts, so that images and ranks can be pooled: Figure 5 is 100 * Σ confused / Σ all.
+    Instead of segments [H, W] the prediction may be masks bool [P, H, W] that overlap.
     Choice: a crowd is no instance and confuses nobody; a prediction without a pixel is not among all.
     """
     isthing = torch.as_tensor(isthing).bool().cpu()
     pred_categories, gt_categories, crowd = small_inputs(pred_categories, gt_categories, gt_crowd, len(isthing))
-    joint = joint_areas(pred_segments, gt_segments, len(pred_categories), len(gt_categories))       # [P + 1, G + 1]
-    rows, columns = isthing[pred_categories] & (joint[1:].sum(1) > 0), isthing[gt_categories] & ~crowd
-    inter, area = joint[1:, 1:][rows][:, columns], joint.sum(0)[1:][columns]      # [P_th, G_th], [G_th]
+    if pred_segments.ndim == 3:
+        inter, pred_area = (v.cpu() for v in mask_intersections(pred_segments, gt_segments, len(gt_categories)))
+        gt_area = torch.bincount(gt_segments.flatten(), minlength=len(gt_categories) + 1)[1:].cpu()
+    else:
+        joint = joint_areas(pred_segments, gt_segments, len(pred_categories), len(gt_categories))   # [P + 1, G + 1]
+        inter, pred_area, gt_area = joint[1:, 1:], joint[1:].sum(1), joint.sum(0)[1:]
+    rows, columns = isthing[pred_categories] & (pred_area > 0), isthing[gt_categories] & ~crowd
+    inter, area = inter[rows][:, columns], gt_area[columns]                       # [P_th, G_th], [G_th]
     T = torch.as_tensor(thresholds, dtype=torch.float64).cpu()[:, None, None]                       # [len, 1, 1]
     confused = ((100 * inter > T * area).sum(2) >= 2).sum(1)
     return confused, torch.full_like(confused, len(inter))
+
+
+def instance_pixels(masks, scores, categories, gt_segments, gt_categories, isthing, gt_crowd=None):
+    """Acc_th and Prec_th of instances whose masks bool [M, H, W] may overlap (de Geus et al., section 6.4): counts of pixels
+    (right, true, predicted), int64 [3], for pooling: Acc_th = right / true, Prec_th = right / predicted.
+
+    Right are the pixels that a prediction shares with the thing that it matches: same category, IoU > 1/2. The text does not
+    say what overlap changes. Choice: two predictions may now claim one thing; it belongs to the one of the higher score, all
+    pixels of the other are wrong. Each prediction counts all its pixels, whoever else has them; those on void or a crowd
+    count for nobody, as in PanopticQuality.
+    """
+    isthing = torch.as_tensor(isthing).bool().cpu()
+    categories, gt_categories, crowd = small_inputs(categories, gt_categories, gt_crowd, len(isthing))
+    order = torch.argsort(torch.as_tensor(scores).cpu(), descending=True, stable=True)
+    order = order[isthing[categories[order]]]
+    inter = mask_intersections(masks[order.to(masks.device)].bool(), gt_segments, len(gt_categories))[0].cpu()  # [M, G]
+    true = torch.bincount(gt_segments.flatten().cpu(), minlength=len(gt_categories) + 1)[1:]
+    iou = inter / (inter.sum(1, keepdim=True) + true - inter).clamp(min=1)
+    match = (iou > 0.5) & (categories[order][:, None] == gt_categories) & ~crowd
+    first = match & (match.cumsum(0) == 1)                                            # of a thing, by falling score
+    return torch.stack([(inter * first).sum(), true[isthing[gt_categories] & ~crowd].sum(), inter[:, ~crowd].sum()])
 
 
 # --- Average precision as COCO defines it ----------------------------------------------------------------------------

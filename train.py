@@ -4,6 +4,7 @@
     python train.py --dataset cityscapes --root DIR         the real thing; idd, coco and mapillary likewise
     python train.py --method seamless|adaptis|affinity|ibs|maskrcnn   who segments (maskrcnn: torchvision's, as a peer)
     python train.py --dataset cells                         the toy problem of AdaptIS; hours, or --steps 10000
+    python train.py --dataset parking [--ibs-weight 0]      the toy problem of intra-batch supervision; minutes
     python train.py --resume RUN                            go on as if the run had not stopped
     python train.py --eval RUN/last.pt [--root DIR]         full-image evaluation
     python train.py --eval RUN/last.pt --readings           of --method affinity: rules, argmax and head on the same outputs
@@ -46,7 +47,7 @@ import data
 import ibs
 import isus
 import seamless
-from pq import AveragePrecision, PanopticQuality
+from pq import AveragePrecision, PanopticQuality, confusion_ratio, instance_pixels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -102,6 +103,8 @@ ADAPTIS = {
                               steps=30 * 118000 // 16, drops=[0.75, 0.95], proposal_share=10 / 30, points=8, threshold=0.35)},
     # Section 6: 140 epochs of 10,000 pictures, random points, seven a round.  Choice: batches of 8, and a rate four times the paper's
     # 5e-4 that falls at the end; the paper names neither batch nor drops.
+    "parking": {**POINTS, **dict(crop=[80, 160], point_window=[80, 160], batch=6, scale=[0.8, 1.25], jitter=0.0, lr=2e-3, lr_body=2e-3,
+                                 steps=1280, warmup=50, drops=[0.6, 0.85], proposal_share=0.12, radius=40.0, head_width=32, min_area=16, flip_test=False)},
     "cells": {**POINTS, **dict(short_side=0, crop=[96, 96], point_window=[64, 64], sampler="full", scale=[1.0, 1.0],
                                scale_things=[1.0, 1.0], jitter=0.0, lr=2e-3, lr_body=2e-3, steps=140 * 10000 // 8, warmup=200, drops=[0.6, 0.85, 0.95], radius=48.0, threshold=0.5, per_round=7, patience=20,
                                proposal_share=0.0, head_width=32, head_blocks=3, min_area=30, flip_test=False)},
@@ -110,6 +113,9 @@ ADAPTIS = {
 RECIPES["cells"] = {**RECIPES["street"], **dict(method="adaptis", sampler="full", crop=[384, 384], short_side=384, scale=[1.0, 1.0],
                                                 scale_things=[1.0, 1.0], canonical=112, anchor_scale=8, extra=0, ratios=[0.33, 1, 3],
                                                 rois=128, proposals=200, jitter=0.0, batch=4, steps=137500, lr=0.02, drops=[35 / 55, 45 / 55], scenes=10000, eval_count=200)}
+# The scenes of ibs.py: the crop has the share of the picture that 640x1280 has of Cityscapes's.
+RECIPES["parking"] = {**RECIPES["street"], **dict(method="ibs", body="tiny", extra=0, canonical=28, crop=[80, 160], batch=6, jitter=0.0, steps=1280,
+                                                  warmup=50, drops=[0.65, 0.9], scenes=400, eval_count=100, interval=100)}
 # Li et al. 2020, section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps from a third, relighting
 # ("a small amount": a jitter of 0.2 and a twentieth of the colour circle are ours); loss weights of detection, semantics, panoptic;
 # variant B; Lovász losses.  Random crops and the standard box loss: the paper knows neither ISUS nor CABB.
@@ -123,6 +129,7 @@ STREET = {**PLAIN, **dict(roi_mask_loss="bce", batch=4, jitter=0.1, hue=0.0, lr=
                           drops=[0.6, 0.85], loss_weights=[1.0, 1.0, 0.25], variant="C", affinity_channels=64)}
 AFFINITY = {
     "street": STREET,
+    "parking": {**STREET, **dict(batch=6, jitter=0.0, steps=1280)},
     "cells": {**STREET, **dict(sampler="full", jitter=0.0, steps=137500, lr=0.02, drops=[35 / 55, 45 / 55])},
     "cityscapes": LI,
     # Choice: no recipe for these two in the paper: Cityscapes's, and on Vistas the steps of Seamless's, in its batches.
@@ -137,7 +144,7 @@ AFFINITY = {
 # crops of 1024x1024, shortest side 1024 to 2048.  Queries (Mask2Former): 90k and 300k steps of 16.  `--sampler full --batch 4
 # --steps 100000` is full-image training on Cityscapes.  Choice: rates, drops and decay are those usual for the two networks; the
 # weight of IBS is 1 (the text has none).
-KERNELS = dict(embeddings="kernels", ibs_weight=1.0, embedding_channels=64, sampler="paired", batch=32, lr=0.02, steps=65000, warmup=500,
+KERNELS = dict(embeddings="kernels", ibs_weight=1.0, embedding_channels=64, sampler="paired", batch=32, lr=0.02, steps=65000, warmup=500, outside=False, things_only=False,
                drops=[0.65, 0.9], scale=[0.5, 2.0], scale_things=[0.5, 2.0], score_threshold=0.3, overlap=0.5, queries=100)
 QUERIES = dict(embeddings="queries", embedding_channels=256, batch=16, lr=1e-4, decay=0.05, clip=0.01, warmup=0, steps=90000, drops=[0.9, 0.95],
                score_threshold=0.8, overlap=0.8)
@@ -147,6 +154,7 @@ IBS = {
     "idd": KERNELS,
     "mapillary": {**KERNELS, **dict(steps=150000, short_side=1024, scale=[1.0, 2.0], scale_things=[1.0, 2.0], crop=[1024, 1024])},
     "coco": KERNELS,
+    "parking": {**KERNELS, **dict(batch=6, lr=0.04, steps=1280, warmup=50, scale=[0.8, 1.25], scale_things=[0.8, 1.25], embedding_channels=32, ibs_weight=2.0)},
     "cells": {**KERNELS, **dict(batch=4, steps=137500, embedding_channels=32, scale=[1.0, 1.0], scale_things=[1.0, 1.0])},
 }
 IBS_QUERIES = {
@@ -155,6 +163,8 @@ IBS_QUERIES = {
     "idd": QUERIES,
     "mapillary": {**QUERIES, **dict(steps=300000)},
     "coco": QUERIES,
+    "parking": {**QUERIES, **dict(batch=6, lr=1e-3, steps=1280, warmup=50, drops=[0.65, 0.9], clip=1.0, embedding_channels=64, score_threshold=0.5,
+                                  overlap=0.5, queries=60)},
     "cells": {**QUERIES, **dict(batch=4, steps=137500, embedding_channels=64)},
 }
 OF_METHODS = {"adaptis": ADAPTIS, "affinity": AFFINITY, "ibs": IBS}      # laid over the recipe of the data set
@@ -168,6 +178,8 @@ def open_dataset(args, train):
         return Remembered(data.StreetScenes(args["scenes"], seed=1)) if train else data.StreetScenes(args["eval_count"] or 50, seed=0)
     if args["dataset"] == "cells":
         return adaptis.OverlappingCells(args["scenes"], seed=1) if train else adaptis.OverlappingCells(2000, seed=0)
+    if args["dataset"] == "parking":
+        return Remembered(ibs.Parking(args["scenes"], seed=1)) if train else ibs.Parking(args["eval_count"] or 100, seed=0)
     if not args.get("root"):
         raise UserError(f"--dataset {args['dataset']} needs --root DIR, the folder of the data set")
     split = args.get("train_split" if train else "val_split") or SPLITS[args["dataset"]][0 if train else 1]
@@ -399,7 +411,11 @@ class Unified(ibs.UnifiedNet):
     """Embeddings times features, with intra-batch supervision unless its weight is 0; queries learn by AdamW."""
 
     def __init__(self, categories, args):
-        how = dict(queries=args["queries"]) if args["embeddings"] == "queries" else dict(canonical=args["canonical"])
+        how = dict(canonical=args["canonical"])
+        if args["embeddings"] == "queries":
+            how = dict(queries=args["queries"], outside=args["outside"], things_only=args["things_only"])
+        elif args["outside"] or args["things_only"]:
+            raise UserError("--outside and --things-only are of --embeddings queries")
         super().__init__([k.isthing for k in categories], build_body(args), args["embeddings"], args["embedding_channels"], args["ibs_weight"],
                          args["sampler"] == "paired", args["score_threshold"], args["overlap"], args["stuff_area"], **how)
         if args["embeddings"] == "queries":
@@ -608,6 +624,9 @@ def stride4_ceiling(sample, size):
     return out
 
 
+CONFUSION = range(5, 96, 5)              # the thresholds T, in percent, of Figure 5 of de Geus and Dubbelman
+
+
 @torch.no_grad()
 def evaluate(model, dataset, args, world, folder, references=False):
     """Every full image, resized to the training's scale, predicted at its native size -> metrics (the same on any number of
@@ -624,6 +643,8 @@ def evaluate(model, dataset, args, world, folder, references=False):
     mine = range(world.rank, count, world.size)
     loader = DataLoader(torch.utils.data.Subset(dataset, mine), batch_size=None, num_workers=args["workers"], generator=torch.Generator())
     annotations, shown, seconds = [], [], 0.0
+    confused = torch.zeros(2, len(CONFUSION), dtype=torch.int64)              # predictions that are confused at T, and all
+    overlapping, sure = torch.zeros(5, dtype=torch.int64), args.get("score_threshold", 0.0)
     ids, image_ids = getattr(dataset, "category_ids", None), getattr(dataset, "image_ids", {})      # an evaluation server wants its own
     pictures = folder / "predictions"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -640,6 +661,12 @@ def evaluate(model, dataset, args, world, folder, references=False):
         for kind, key in (("mask", "masks"), ("box", "boxes")):
             found = [p.instances[k] for k in (key, "scores", "categories")]
             scores[kind].update(*found, *truth, isthing=isthing)
+        confused += torch.stack(confusion_ratio(p.segments, p.categories, *truth[:2], isthing, CONFUSION, sample.crowd))
+        if args["method"] == "ibs":                                           # its masks overlap before they are merged
+            sure_ones = p.instances["scores"] > sure
+            masks, values, kinds = (p.instances[k][sure_ones] for k in ("masks", "scores", "categories"))
+            overlapping[:3] += instance_pixels(masks, values, kinds, *truth[:2], isthing, sample.crowd)
+            overlapping[3:] += torch.cat(confusion_ratio(masks, kinds, *truth[:2], isthing, [25], sample.crowd))
         if references:
             scores["ceiling"].update(stride4_ceiling(sample, image.shape[1:]), sample.categories, *truth)
         if baseline:
@@ -653,7 +680,14 @@ def evaluate(model, dataset, args, world, folder, references=False):
         parts = [None] * world.size
         dist.all_gather_object(parts, annotations)
         annotations = [a for part in parts for a in part]
+        counts = torch.cat([confused.flatten(), overlapping]).to(world.device)
+        dist.all_reduce(counts)
+        confused, overlapping = counts[:-5].cpu().view(2, -1), counts[-5:].cpu()
     result = scores["model"].compute()
+    result["confusion"] = dict(zip(map(str, CONFUSION), (100 * confused[0] / confused[1].clamp(min=1)).tolist()))
+    if args["method"] == "ibs":
+        right, true, predicted, c, n = overlapping.tolist()
+        result["instances"] = {"Acc_th": 100 * right / max(true, 1), "Prec_th": 100 * right / max(predicted, 1), "confusion": 100 * c / max(n, 1)}
     result |= {"AP_mask": scores["mask"].compute(), "AP_box": scores["box"].compute(), "images": count,
                "images_per_second": len(mine) * world.size / max(seconds, 1e-9)}
     result |= {name: scores[name].compute()["PQ"] for name in ("ceiling", "baseline") if name in scores}
@@ -665,6 +699,10 @@ def evaluate(model, dataset, args, world, folder, references=False):
         a, b = result["AP_mask"], result["AP_box"]
         print(f"mask AP {a['AP']:.1f} (AP50 {a['AP50']:.1f})   box AP {b['AP']:.1f}   "
               f"on {count} images, {result['images_per_second']:.2f} a second")
+        print("confused things, %, at T = " + ", ".join(f"{t} {v:.1f}" for t, v in result["confusion"].items()))
+        if "instances" in result:
+            v = result["instances"]
+            print(f"masks before merging: Acc_th {v['Acc_th']:.1f}   Prec_th {v['Prec_th']:.1f}   confused at T = 25 {v['confusion']:.1f}%")
         if args["dataset"] == "cells":
             print("mask AP at an IoU of " + ", ".join(f".{t // 10} {v:.1f}" for t, v in table1(a).items()))
         if "ceiling" in result:
@@ -845,6 +883,8 @@ def train(args, world, folder, state=None):
             for g, lr in zip(optimiser.param_groups, base):
                 g["lr"] = lr * rate(step - first, edge - first, args)
             images, targets = collate(draw_crops(loader, args["batch"] // world.size))
+            if args.get("outside"):
+                targets = [ibs.ask_outside(t, kinds[~crowd]) for t in targets for _, kinds, crowd in [dataset.labels(t.image_id)]]
             images = images.to(world.device, memory_format=torch.channels_last, non_blocking=True)
             with world.autocast():
                 losses = wrapped(images, [t.to(world.device) for t in targets])
@@ -1054,6 +1094,8 @@ def parse(argv):
     model.add_argument("--reading", choices=["affinity", "argmax", "heuristic"], help="how affinity's outputs become segments")
     model.add_argument("--loss-weights", type=float, nargs=3, metavar=("D", "S", "P"), help="of affinity's detection, semantic and panoptic losses")
     model.add_argument("--embeddings", choices=list(ibs.FAMILIES), help="of ibs: after Panoptic FCN or after Mask2Former")
+    model.add_argument("--outside", action="store_true", help="queries that are asked for what lies outside of the crop, too: what ibs.py corrects")
+    model.add_argument("--things-only", action="store_true", help="queries for instance segmentation: no stuff")
     numbers(model, float, ibs_weight="of intra-batch supervision, 0: none", overlap="that a segment of ibs keeps when all are merged")
     numbers(model, int, embedding_channels="C of embeddings and features", queries="of the query network")
     model.add_argument("--ratios", type=float, nargs="+", help="height over width of the anchors")

@@ -337,6 +337,11 @@ def entropy_of_cells(x, y, known):
     return -(y * p.log() + (1 - y) * (1 - p).log()).mean()
 
 
+def both_of_cells(x, y, known):
+    """What a mask of a kernel costs: dice and cross entropy."""
+    return dice_of_cells(x, y, known) + entropy_of_cells(x, y, known)
+
+
 def close(a, b, rtol=2e-5, atol=1e-6):                       # sums of some hundred float32 terms
     torch.testing.assert_close(torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double(), rtol=rtol, atol=atol)
 
@@ -792,7 +797,7 @@ def flat(sizes, *values):
 
 
 def kernels_by_loop(heat, maps, features, targets, canonical, positions):
-    """Weighted dice of things and dice of stuff for a batch: losses of all segments, embeddings and which are things."""
+    """Weighted dice and cross entropy of things, those of stuff for a batch: losses of all segments, embeddings and which are things."""
     each, embeddings, things = [], [], []
     for b, target in enumerate(targets):
         places, rows = places_by_loop(target, [h.shape[-2:] for h in heat], canonical), []
@@ -804,7 +809,7 @@ def kernels_by_loop(heat, maps, features, targets, canonical, positions):
                 total, loss, mean = sum(s for s, _, _ in cells), 0., 0.
                 for s, i, j in cells:
                     e = maps[level][b, :, i, j]
-                    loss = loss + s / total * dice_of_cells(torch.einsum("c,chw->hw", e, features[b]), masks[n], known)
+                    loss = loss + s / total * both_of_cells(torch.einsum("c,chw->hw", e, features[b]), masks[n], known)
                     mean = mean + s / total * e
                 rows.append((n, loss, mean))
         order = [n for n, _, _ in rows]
@@ -814,7 +819,7 @@ def kernels_by_loop(heat, maps, features, targets, canonical, positions):
                          for i, j in itertools.product(*map(range, known_here.shape)) if regions[n][i, j]]
                 if cells:
                     e = sum(cells) / len(cells)
-                    rows.append((n, dice_of_cells(torch.einsum("c,chw->hw", e, features[b]), masks[n], known), e))
+                    rows.append((n, both_of_cells(torch.einsum("c,chw->hw", e, features[b]), masks[n], known), e))
         each += [loss for _, loss, _ in rows]
         embeddings.append({n: e for n, _, e in rows})
         things.append(order)
@@ -831,7 +836,7 @@ def case_of_kernels(canonical=64, targets=(STREET, CROWDED), channels=24, **how)
 
 @pytest.mark.parametrize("canonical", [12, 64])
 def test_mask_losses_and_embeddings_of_kernels_are_those_of_the_loops(canonical):
-    """Kernels.losses: weighted dice of things, dice of the mean kernel of stuff; 3 times the mean over all segments of the batch;
+    """Kernels.losses: weighted dice and cross entropy of things, those of the mean kernel of stuff; 3 times the mean over all segments of the batch;
     things first; 1 times the mean position loss over pictures."""
     k, heat, maps, features, targets = case_of_kernels(canonical)
     losses, embeddings, is_thing = k.losses({}, features, targets)
@@ -916,6 +921,28 @@ def test_stuff_is_the_mean_kernel_of_its_region_over_all_levels():
     inside = flat(SIZES, *[torch.tensor([[float(s == 1) for s in row] for row in at_centres(target, size)]) for size in SIZES])
     assert thing.tolist() == [True, False]
     close(e[1, :len(inside)], inside / inside.sum())
+
+
+def test_cross_entropy_is_the_mean_over_the_cells_that_count_and_broadcasts():
+    """cross_entropy: -y log p - (1 - y) log(1 - p), cell by cell, every mask against every truth; 0 where no cell counts."""
+    x, y, known = randn(0, 3, 1, 4, 5), (randn(1, 2, 4, 5) > 0).float(), (randn(2, 4, 5) > -1).float()
+    got = ibs.cross_entropy(x, y, known)
+    assert got.shape == (3, 2) and ibs.cross_entropy(x, y, known * 0).eq(0).all()
+    for n, m in itertools.product(range(3), range(2)):
+        close(got[n, m], entropy_of_cells(x[n, 0].double(), y[m].double(), known))
+
+
+@pytest.mark.parametrize("kind", ["thing", "stuff"])
+def test_a_mask_that_has_died_is_called_back(kind):
+    """Kernels, the Deviation: at logits of -30 wherever a segment is dice is 1 and flat; its embedding and features must hear of it."""
+    target = painted((1, 8, 8, 24, 24) if kind == "thing" else (3, 0, 0, 32, 24))
+    k, features = planted(kernels(), [torch.zeros(1, 4, *s) for s in SIZES], [torch.ones(1, 16, *s) for s in SIZES]), torch.full((1, 16, *CELLS), -30 / 16).requires_grad_()
+    truth, known = ibs.segment_masks(target, CELLS)
+    assert ibs.dice(torch.full(CELLS, -30.), truth[0], known).item() == pytest.approx(1, abs=1e-6)
+    assert torch.autograd.grad(ibs.dice((torch.ones(1, 16) @ features[0].flatten(1)).view(CELLS), truth[0], known), features)[0].abs().max() < 1e-8
+    slope = torch.autograd.grad(k.losses({}, features, [target])[0]["mask"], features)[0][0]       # of 3 log(1 + e^x) - x y, a mean
+    inside, cells = truth[0] > 0, known.sum().item()
+    close(slope[:, inside], torch.full((16, int(inside.sum())), -3 / cells), rtol=1e-4), close(slope[:, (known > 0) & ~inside], 0 * slope[:, (known > 0) & ~inside])
 
 
 def test_heat_learns_from_positions_and_kernels_from_masks():
@@ -1654,6 +1681,163 @@ def test_merging_nothing_gives_void(case):
     scores = torch.full((n,), .1 if case == "low scores" else .9)
     segments, categories, s = ibs.merge(logits, scores, torch.ones(n, dtype=torch.int64), ISTHING, (30, 45), .3, .5)
     assert segments.shape == (30, 45) and segments.dtype == torch.int64 and not segments.any() and categories.shape == s.shape == (0,)
+
+
+# --- 5.2 What lies outside of the crop ------------------------------------------------------------------------------------
+
+def test_asking_for_outside_adds_a_row_for_every_segment_that_the_crop_does_not_show():
+    """ask_outside: a picture of two stuff segments and five things, a crop of one and two."""
+    target = painted((0, 0, 0, 32, 64), (1, 8, 16, 24, 32), (2, 0, 48, 20, 64), (1, 0, 0, 5, 5, "crowd"))
+    more = ibs.ask_outside(target, torch.tensor([0, 3, 1, 1, 2, 1, 2]))
+    assert sorted(more.categories[4:].tolist()) == [1, 1, 2, 3] and more.categories[:4].tolist() == target.categories.tolist()
+    assert torch.equal(more.segments, target.segments) and more.crowd.tolist() == [False] * 3 + [True] + [False] * 4
+    for k, width in (("boxes", 4), ("full_boxes", 4), ("truncated", 4)):
+        assert getattr(more, k).shape == (8, width) and torch.equal(getattr(more, k)[:4], getattr(target, k))
+        assert not getattr(more, k)[4:].any() and getattr(more, k).dtype == getattr(target, k).dtype
+    whole = ibs.ask_outside(target, target.categories[:3])
+    assert whole.categories.tolist() == target.categories.tolist()
+    assert ibs.ask_outside(painted(), torch.tensor([2])).categories.tolist() == [2]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_only_an_uncorrected_network_gives_queries_to_what_is_outside(outside):
+    """5.2: "removing ground-truth segments outside the cropped region ... these regions required a prediction"."""
+    target = painted((0, 0, 0, 32, 64), (1, 8, 16, 24, 32))
+    more = ibs.ask_outside(target, torch.tensor([0, 1, 1, 2]))
+    q, answers, features, _ = case_of_queries([target], n=6, outside=outside)
+    plain, with_more = (q.losses({}, features, [t]) for t in (target, more))
+    assert len(plain[1][0]) == 2 and len(with_more[1][0]) == (4 if outside else 2)
+    assert with_more[2][0].tolist() == ([False, True, True, True] if outside else [False, True])
+    if not outside:
+        assert all(torch.equal(plain[0][n], with_more[0][n]) for n in plain[0])
+    else:                                                    # by loops: the segments outside have empty masks, and are named
+        want, _ = queries_by_loop([(a.detach(), e.detach()) for a, e in answers], features.detach(), [more])
+        for n in want:
+            close(with_more[0][n], want[n], rtol=1e-4)
+
+
+def test_a_network_of_things_only_is_not_asked_for_stuff():
+    """6.4: instance segmentation.  The pixels of stuff count: no thing is there."""
+    target = painted((0, 0, 0, 32, 64), (1, 8, 16, 24, 32), (2, 0, 48, 20, 64), (3, 20, 0, 30, 12))
+    q, answers, features, _ = case_of_queries([target], n=6, things_only=True)
+    losses, embeddings, is_thing = q.losses({}, features, [target])
+    assert len(embeddings[0]) == 2 and is_thing[0].tolist() == [True, True]
+    masks, known = truth_by_loop(target, CELLS)
+    total = dict.fromkeys(losses, 0.)
+    for logits, e in answers:
+        x = torch.einsum("nc,chw->nhw", e[0].double(), features[0].double())
+        chosen = best_match(match_costs(logits[0].detach(), x.detach(), target.categories[1:3], masks[1:3], known), 6)
+        for g, n in enumerate(chosen):
+            total["mask"] += 5 * entropy_of_cells(x[n], masks[1 + g], known) / 2
+            total["dice"] += 5 * dice_of_cells(x[n], masks[1 + g], known) / 2
+    close(losses["mask"], total["mask"], rtol=1e-4), close(losses["dice"], total["dice"], rtol=1e-4)
+
+
+# --- What it costs --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", ["kernels", "queries"])
+def test_the_ledger_counts_every_product_once(family):
+    """6 of what it must show: parameters, and multiply-adds counted by hooks on layers; attention by its four projections and two
+    products of N queries with hw keys."""
+    net, size = net_of(family), (64, 96)
+    got = ibs.ledger(net, size)
+    assert next(net.parameters()).device.type == "cpu" and all(p.requires_grad for p in net.parameters())     # net is as it was
+    assert {k: v[0] for k, v in got.items()} == {
+        "body": sum(p.numel() for p in net.body.parameters()), "feature encoder": sum(p.numel() for p in net.encoder.parameters()),
+        "embeddings": sum(p.numel() for p in net.family.parameters()), "embeddings x features": 0}
+    work = collections.Counter()
+
+    def hook(name):
+        def count(m, _, out):
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                work[name] += out.numel() * m.weight[0].numel()
+        return count
+    parts = {"body": net.body, "feature encoder": net.encoder, "embeddings": net.family}
+    handles = [m.register_forward_hook(hook(name)) for name, part in parts.items() for m in part.modules()
+               if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)]
+    with torch.no_grad():
+        pyramid = net.eval().body(torch.zeros(1, 3, *size))
+        features = net.encoder(pyramid)
+        net.family.maps(pyramid) if family == "kernels" else net.family.answers(pyramid, features)
+    for h in handles:
+        h.remove()
+    hw, n, c = 16 * 24, 10, 32
+    if family == "queries":
+        for k in range(3):
+            keys = hw // 4 ** (3 - k)
+            work["embeddings"] += n * c * hw                                  # the masks that a layer looks through
+            work["embeddings"] += 2 * n * c * c + 2 * keys * c * c + 2 * n * keys * c           # cross attention
+            work["embeddings"] += 4 * n * c * c + 2 * n * n * c                                 # among queries
+    work["embeddings x features"] = (n if family == "queries" else net.family.detections) * c * hw
+    assert {k: v[1] for k, v in got.items()} == dict(work)
+
+
+# --- The parking lot ------------------------------------------------------------------------------------------------------
+
+def test_a_parking_lot_is_full_of_large_look_alike_things():
+    """Parking: what the confusion needs, counted on 60 pictures: things of 15 pixels and more (root of area), several of a kind."""
+    lot = ibs.Parking(60, seed=3)
+    things, sizes, alike = [], [], []
+    for i in range(60):
+        s = lot[i]
+        assert s.image.shape == (3, 128, 256) and s.image.dtype == torch.float32 and 0 <= s.image.min() and s.image.max() <= 1
+        area = torch.bincount(s.segments.flatten(), minlength=len(s.categories) + 1)
+        assert len(area) == len(s.categories) + 1 and s.categories[:2].tolist() == [0, 1] and not s.crowd.any()
+        assert (area[1:3] > 0).all() and (area[3:] >= lot.SMALLEST).all() and area[0] < 0.01 * 128 * 256
+        things.append(len(area) - 3), sizes.extend(area[3:].float().sqrt().tolist()), alike.append(torch.bincount(s.categories[2:]).max().item())
+    assert 15 < np.mean(things) < 22 and 24 < np.mean(sizes) < 34 and np.mean(alike) > 7
+
+
+def test_vehicles_are_numbered_from_the_back_to_the_front_and_hide_what_is_behind():
+    """Parking.paint: who is painted later lies before, lower in the picture; the picture shows each pixel's owner's colour."""
+    s = ibs.Parking(9, seed=1)[4]
+    boxes = data.mask_boxes(s.segments, len(s.categories))[2:]
+    rows = boxes[:, 3]
+    assert (rows.diff() < -15).sum() == 0 and rows.max() > 110 and rows.min() < 70
+    hedge, ground = (s.image[:, s.segments == k] for k in (2, 1))
+    assert hedge[1].mean() > hedge[0].mean() + .1 and (ground.mean(1) - ground.mean()).abs().max() < .02
+
+
+def test_pictures_of_a_parking_lot_depend_on_seed_and_number_alone():
+    a, b, c = ibs.Parking(5, seed=1), ibs.Parking(50, seed=1), ibs.Parking(5, seed=2)
+    assert torch.equal(a[3].image, b[3].image) and torch.equal(a[3].segments, b.labels(3)[0]) and not torch.equal(a[3].image, a[2].image)
+    assert not torch.equal(a[3].image, c[3].image) and a[3].name != c[3].name
+    with pytest.raises(IndexError):
+        a[5]
+
+
+def test_vehicles_of_a_kind_differ_in_paint():
+    """Parking: "only paint, size and what hides them tell them apart"; without that no network could."""
+    colours = []
+    for i in range(20):
+        s = ibs.Parking(20, seed=5)[i]
+        colours += [s.image[:, s.segments == k].quantile(.8, dim=1) for k in range(3, len(s.categories) + 1)]
+    assert torch.stack(colours).std(0).min() > .12
+
+
+def test_the_embedding_of_a_vehicle_is_the_best_scored_that_covers_most_of_it():
+    masks = torch.zeros(4, 4, 8, dtype=torch.bool)
+    masks[0, :, :3], masks[1, :, :2], masks[2, :, 4:], masks[3, :, :1] = True, True, True, True
+    truth = torch.zeros(4, 8, dtype=torch.bool)
+    truth[:, :3] = True
+    things = {"masks": masks, "scores": torch.tensor([.4, .6, .9, .95])}
+    assert torch.equal(ibs.embedding_of(things, truth), masks[1]) and ibs.embedding_of(things, ~masks[0] & ~masks[2]) is None
+
+
+@pytest.mark.parametrize("mode", ["full", "uniform", "paired"])
+def test_batches_of_the_demo_hold_as_many_pixels_as_they_say(mode):
+    """batches: six crops, pairs together, or two whole pictures; images and targets of one size."""
+    import isus
+    scenes = isus.Kept(ibs.Parking(6, seed=1))
+    images, targets = next(ibs.batches(scenes, isus.build_index(scenes), mode))
+    assert images.shape[:2] == ((2, 3) if mode == "full" else (6, 3)) and all(t.segments.shape == images.shape[2:] for t in targets)
+    if mode == "full":
+        assert 102 <= images.shape[2] <= 160 and images.shape[3] == pytest.approx(2 * images.shape[2], abs=2)
+        assert all(len(t.categories) >= 10 for t in targets)
+    else:
+        assert images.shape[2:] == (80, 160)
+        ids = [t.image_id for t in targets]
+        assert mode == "uniform" or all(a != b for a, b in zip(ids[::2], ids[1::2]))
 
 
 # --- The whole -----------------------------------------------------------------------------------------------------------

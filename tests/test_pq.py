@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import pq as module
-from pq import (AveragePrecision, PanopticQuality, average_precision, boxes_of, confusion_ratio, joint_areas,
-                mask_intersections)
+from pq import (AveragePrecision, PanopticQuality, average_precision, boxes_of, confusion_ratio, instance_pixels,
+                joint_areas, mask_intersections)
 
 ISTHING = [False, False, False, True, True, True]                            # the last category is never used
 C = len(ISTHING)
@@ -400,6 +400,68 @@ def test_a_prediction_without_a_pixel_is_not_among_all():
     m = torch.tensor([[1, 2]])
     confused, everything = confusion_ratio(m * 0 + 1, [3, 3], m, [3, 3], ISTHING, [50.0])
     assert (confused.item(), everything.item()) == (1, 1)
+
+
+# --- Masks that overlap -----------------------------------------------------------------------------------------------
+def overlapping(seed):
+    """Things of a picture as masks that are grown by a pixel, some doubled, with scores in no order."""
+    pred, pred_categories, gt, gt_categories, crowd = random_picture(seed)
+    g = np.random.default_rng(1000 + seed)
+    rows = np.concatenate([np.arange(len(pred_categories))] * 2)[g.permutation(2 * len(pred_categories))[:max(1, len(pred_categories))]]
+    masks = torch.stack([pred == k + 1 for k in rows])
+    masks[::2, 1:] |= masks[::2, :-1].clone()
+    return masks, torch.from_numpy(g.permutation(len(rows)) / 100), pred_categories[rows], gt, gt_categories, crowd
+
+
+def test_pixels_of_overlapping_masks_agree_with_loops():
+    """IBS, section 6.4, on 300 pictures: greedy by score, IoU > 1/2, a thing only once; nobody counts void or crowds."""
+    for seed in range(300):
+        masks, scores, categories, gt, gt_categories, crowd = overlapping(seed)
+        counts = [(gt > 0)] + [gt != k + 1 for k in range(len(crowd)) if crowd[k]]
+        judged = torch.stack(counts).all(0)
+        right, predicted, taken = 0, 0, set()
+        for d in scores.argsort(descending=True).tolist():
+            if not ISTHING[categories[d]]:
+                continue
+            predicted += (masks[d] & judged).sum().item()
+            for k, c in enumerate(gt_categories.tolist()):
+                truth = gt == k + 1
+                union = ((masks[d] & (gt > 0)) | truth).sum()
+                if c == categories[d] and not crowd[k] and k not in taken and 2 * (masks[d] & truth).sum() > union:
+                    taken.add(k)
+                    right += (masks[d] & truth).sum().item()
+        true = sum((gt == k + 1).sum().item() for k, c in enumerate(gt_categories.tolist()) if ISTHING[c] and not crowd[k])
+        got = instance_pixels(masks, scores, categories, gt, gt_categories, ISTHING, crowd)
+        assert got.tolist() == [right, true, predicted] and got.dtype == torch.int64, seed
+
+
+def test_without_overlap_they_are_acc_th_and_prec_th():
+    """The same three numbers as PanopticQuality's where masks do not overlap."""
+    counts = 0
+    for p, c, gt, gc, crowd in PICTURES:
+        counts = counts + instance_pixels(torch.stack([p == k + 1 for k in range(len(c))]), torch.ones(len(c)), c, gt, gc, ISTHING, crowd)
+    result = measure(PICTURES)
+    assert (100 * counts[0] / counts[1]).item() == pytest.approx(result["Acc_th"]) and (100 * counts[0] / counts[2]).item() == pytest.approx(result["Prec_th"])
+
+
+def test_a_second_mask_of_a_thing_is_wrong_and_the_score_says_which():
+    gt, mask = torch.tensor([[1, 1, 1, 1, 2, 2]]), torch.tensor([[[1, 1, 1, 0, 0, 0]], [[1, 1, 1, 1, 1, 0]]]).bool()
+    args = (torch.tensor([3, 3]), gt, torch.tensor([3, 0]), ISTHING)
+    assert instance_pixels(mask, torch.tensor([.2, .9]), *args).tolist() == [4, 4, 8]
+    assert instance_pixels(mask, torch.tensor([.9, .2]), *args).tolist() == [3, 4, 8]
+    assert instance_pixels(mask[:0], torch.zeros(0), torch.zeros(0).long(), *args[1:]).tolist() == [0, 4, 0]
+
+
+def test_confusion_of_masks_that_overlap_is_that_of_each_mask():
+    """Section 6.2 for 6.4: each mask as if it were the only one of its picture; as segments where they do not overlap."""
+    thresholds = [0, 20, 50]
+    for seed in range(100):
+        masks, _, categories, gt, gt_categories, crowd = overlapping(seed)
+        alone = [torch.stack(confusion_ratio(m.long(), [c], gt, gt_categories, ISTHING, thresholds, crowd)) for m, c in zip(masks, categories)]
+        assert torch.equal(torch.stack(confusion_ratio(masks, categories, gt, gt_categories, ISTHING, thresholds, crowd)), sum(alone))
+        p, c, gt, gc, crowd = PICTURES[seed]
+        a, b = (confusion_ratio(v, c, gt, gc, ISTHING, thresholds, crowd) for v in (p, torch.stack([p == k + 1 for k in range(len(c))])))
+        assert torch.equal(torch.stack(a), torch.stack(b))
 
 
 # --- Wrong input, ranks, text ----------------------------------------------------------------------------------------
