@@ -9,6 +9,7 @@
     python train.py --eval RUN/last.pt [--root DIR]         full-image evaluation
     python train.py --eval RUN/last.pt --readings           of --method affinity: rules, argmax and head on the same outputs
     python train.py --predict RUN/last.pt picture.png ...   on anybody's pictures
+    python train.py --versus "A-*" "B-*"                    the same seeds of two recipes: paired differences
     python train.py --compare                               every method on the same toy street: one table, one figure
     torchrun --nproc_per_node=8 train.py --dataset ...      one process a GPU
 
@@ -23,6 +24,7 @@ A method is an nn.Module with two methods and, if it trains in stages, a third:
 import argparse
 import csv
 import functools
+import glob
 import json
 import math
 import os
@@ -1050,6 +1052,43 @@ def compare(explicit, world, folder):
         fig.savefig(folder / "compare.png", dpi=100)
 
 
+# 97.5% points of Student's t with 1, 2, ... degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def versus(ours, theirs):
+    """Two recipes, each with the same seeds: patterns of run folders -> a table of the means over seeds, of the mean of the paired
+    differences and its 95% interval (Student's t, as if differences were normal)."""
+    def read(pattern):
+        runs = {}
+        for path in map(Path, sorted(glob.glob(pattern))):
+            if not (path / "metrics.json").exists():
+                raise UserError(f"{path} holds no metrics.json: the run has not ended")
+            seed = load_file(path / "last.pt")["args"]["seed"]
+            if seed in runs:
+                raise UserError(f"{pattern}: two runs of seed {seed}; name the runs of one recipe only")
+            m = json.loads((path / "metrics.json").read_text())
+            runs[seed] = {k: m[k] for k in ("PQ", "PQ_th", "PQ_st", "Acc_th", "Prec_th")}
+            runs[seed] |= {"confused, T = 25": m["confusion"]["25"], **{f"mask {k}": v for k, v in m["AP_mask"].items() if k in ("AP", "AP_small", "AP_medium", "AP_large")}}
+            runs[seed] |= {f"masks before merging, {k}": v for k, v in m.get("instances", {}).items()}
+        return runs
+    a, b = read(ours), read(theirs)
+    if not a or set(a) != set(b):
+        raise UserError(f"seeds must be the same on both sides, not {sorted(a)} of {ours} and {sorted(b)} of {theirs}")
+    n = len(a)
+    print(f"{'':36s}{'first':>8}{'second':>8}   first - second, {n} paired seeds")
+    table = {}
+    for key in next(iter(a.values())):
+        x, y = (torch.tensor([side[seed][key] for seed in sorted(side)], dtype=torch.float64) for side in (a, b))
+        d = x - y
+        if d.isnan().any():                                                   # no object of that size
+            continue
+        reach = STUDENT[min(n - 1, len(STUDENT)) - 1] * d.std().item() / n ** 0.5 if n > 1 else math.nan
+        table[key] = x.mean().item(), y.mean().item(), d.mean().item(), reach
+        print(f"{key:36s}{x.mean():8.1f}{y.mean():8.1f}   {d.mean():+6.1f}  [{d.mean() - reach:+.1f}, {d.mean() + reach:+.1f}]")
+    return table
+
+
 def parse(argv):
     """The flags that were given, and only those: recipes and checkpoints fill in the rest."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
@@ -1061,6 +1100,7 @@ def parse(argv):
     what.add_argument("--eval", metavar="RUN/last.pt", help="evaluate on full images")
     what.add_argument("--readings", action="store_true", help="with --eval: of an affinity checkpoint, rules against argmax against the head")
     what.add_argument("--predict", nargs="+", metavar=("RUN/last.pt", "PICTURE"), help="segment pictures")
+    what.add_argument("--versus", nargs=2, metavar="RUNS", help="two patterns of run folders, the same seeds: means and paired differences")
     what.add_argument("--compare", action="store_true", help="train every method, print one table")
     what.add_argument("--out", help="the run's folder (default: the first free runs/DATASET-METHOD-N)")
     model.add_argument("--method", choices=list(METHODS)), model.add_argument("--box-loss", choices=list(BOX_LOSSES))
@@ -1129,9 +1169,11 @@ def settings(explicit):
 
 def run(explicit):
     """Decide what is asked for and do it."""
-    jobs = {k: explicit.pop(k) for k in ("resume", "eval", "readings", "predict", "compare", "out") if k in explicit}
+    jobs = {k: explicit.pop(k) for k in ("resume", "eval", "readings", "predict", "compare", "versus", "out") if k in explicit}
     if "readings" in jobs and "eval" not in jobs:
         raise UserError("--readings wants a checkpoint to read: --eval RUN/last.pt --readings")
+    if "versus" in jobs:
+        return versus(*jobs["versus"])
     source = jobs.get("eval") or jobs.get("predict", [None])[0] or ("resume" in jobs and str(Path(jobs["resume"]) / "last.pt"))
     if source:
         state, args = load_checkpoint(source, explicit)

@@ -418,7 +418,66 @@ def affinity_picture(bar=4.0):
     assert peak <= bar * 1e9 or cuda
 
 
-SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales, "adaptis": adaptis, "affinity": affinity}
+def ibs(bar=1.15):
+    """What intra-batch supervision adds to a training step, in time and in memory that is kept for the backward pass."""
+    import train
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    # The toy as it is trained, and Cityscapes's network on crops that a CPU can hold.
+    work = {"parking": (6, (80, 160), 2), "cityscapes": (8, (512, 1024), 12) if cuda else (2, (256, 512), 12)}
+    print(torch.cuda.get_device_name() if cuda else "on one core", f"| torch {torch.__version__}")
+    worst = 0.0
+    for dataset, (batch, crop, things) in work.items():
+        for family in ("kernels", "queries"):
+            args = train.settings({"dataset": dataset, "method": "ibs", "embeddings": family, "weights": "none"})
+            torch.manual_seed(0)
+            model = train.Unified(train.ibs.Parking.categories if dataset == "parking" else [train.data.Category(str(i), i >= 11, (0, 0, 0)) for i in range(19)], args)
+            model = model.to(device, memory_format=torch.channels_last).train()
+            if dataset == "parking":
+                lot = train.ibs.Parking(batch, seed=1)
+                crops = [train.isus.scaled_crop(lot[i], lot.size, 30, 40, crop, image_id=i) for i in range(batch)]
+            else:
+                crops = toy_targets(batch, *crop, things=things)
+            images, targets = train.collate(crops)
+            images, targets = images.to(device, memory_format=torch.channels_last), [t.to(device) for t in targets]
+            seconds, memory = {0.0: [], args["ibs_weight"]: []}, {}
+
+            def step(weight):
+                model.ibs_weight = weight
+                kept = {}                                     # storages that autograd keeps, each once
+                def keep(t):
+                    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                    return t
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats(), torch.cuda.synchronize()
+                start = time.perf_counter()
+                with torch.autocast(device.type, torch.bfloat16, enabled=cuda), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                    total = sum(model.losses(images, targets).values())
+                model.zero_grad(set_to_none=True)
+                total.backward()
+                if cuda:
+                    torch.cuda.synchronize()
+                return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else sum(kept.values())
+            for repeat in range(25 if cuda or dataset == "parking" else 5):       # in turn, so that both meet the same machine
+                for weight in seconds:
+                    t, memory[weight] = step(weight)
+                    seconds[weight] += [t] if repeat else []
+            (off, on), (less, more) = (min(v) for v in seconds.values()), memory.values()
+            print(f"  {dataset:10s} {family:8s} {batch} crops of {crop[0]}x{crop[1]}: {1e3 * off:8.1f} -> {1e3 * on:8.1f} ms, {on / off:.3f} times; "
+                  f"{less / 2**20:8.1f} -> {more / 2**20:8.1f} MiB, {more / less:.3f} times")
+            worst = max(worst, on / off, more / less)
+    print(f"the largest of these ratios: {worst:.3f} (bar: {bar})")
+    assert worst <= bar
+    print("one picture of 1024x2048        parameters  multiply-adds")
+    for family in ("kernels", "queries"):
+        args = train.settings({"dataset": "cityscapes", "method": "ibs", "embeddings": family, "weights": "none"})
+        parts = train.ibs.ledger(train.Unified([train.data.Category(str(i), i >= 11, (0, 0, 0)) for i in range(19)], args))
+        for part, (p, w) in parts.items():
+            print(f"  {family:8s} {part:21s} {p / 1e6:7.2f} M  {w / 1e9:9.1f} G")
+        print(f"  {family:8s} {'all':21s} {sum(p for p, _ in parts.values()) / 1e6:7.2f} M  {sum(w for _, w in parts.values()) / 1e9:9.1f} G")
+
+
+SUBJECTS = {"pq": pq, "seamless": seamless, "cabb": cabb, "isus": isus, "scales": scales, "adaptis": adaptis, "affinity": affinity, "ibs": ibs}
 PARTS = {"affinity_picture": affinity_picture}                             # run by a subject, each in a process of its own
 
 if __name__ == "__main__":
