@@ -606,6 +606,8 @@ class UnifiedNet(nn.Module):
             raise ValueError(f"embeddings must be {' or '.join(FAMILIES)}, not {embeddings!r}")
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
         self.body, self.encoder = body, FeatureEncoder(body.channels, channels, embeddings == "kernels")
+        if embeddings == "kernels":                                           # a peak below it makes no kernel
+            how = {"score_threshold": score_threshold, **how}
         self.family = FAMILIES[embeddings](isthing, body.channels, channels, **how)
         self.register_buffer("isthing", isthing, persistent=False)
         self.ibs_weight, self.paired = ibs_weight, paired

@@ -3,6 +3,7 @@
 Everything runs on pictures made here, with a network of a few thousand weights; what it learns is in the slow tests."""
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import data
 import isus
 import seamless
 import train
-from pq import PanopticQuality
+from pq import PanopticQuality, confusion_ratio, instance_pixels
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--width 16 --body tiny --crop 64 96 --batch 2 --rois 16 --proposals 20 --scenes 6 --eval-count 3 --interval 2 --workers 0 --threads 1 "
@@ -506,6 +507,95 @@ def test_the_recipes_of_both_families_are_the_papers():
     assert recipe("mapillary", "steps", "batch", "crop", "scale", "short_side") == [150000, 32, [1024, 1024], [1., 2.], 1024]
     assert recipe("cityscapes", "steps", "batch", "crop", embeddings="queries") == [90000, 16, [512, 1024]]
     assert recipe("mapillary", "steps", "batch", "crop", embeddings="queries") == [300000, 16, [1024, 1024]]
+
+
+PARKING = ("--dataset parking --width 16 --crop 48 64 --batch 2 --scenes 6 --eval-count 2 --interval 2 --workers 0 --threads 1 --precision float32 "
+           "--warmup 1 --steps 2 --embedding-channels 16 --queries 40 --device cpu").split()
+
+
+def test_a_run_on_the_parking_lot_counts_who_is_confused(tmp_path, capsys):
+    """Figure 5 at T = 5 ... 95 and section 6.4 on overlapping masks, from the segments that were written and the model's own masks."""
+    call(*PARKING, "--embeddings", "queries", "--score-threshold", 0.1, "--lr", 1e-5, "--out", tmp_path / "run")
+    m = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(m["confusion"]) == [str(t) for t in range(5, 96, 5)] and set(m["instances"]) == {"Acc_th", "Prec_th", "confusion"}
+    curve = list(m["confusion"].values())
+    assert curve == sorted(curve, reverse=True) and 0 <= curve[-1] <= curve[0] <= 100 and curve[0] > 0
+    said = capsys.readouterr().out
+    assert "confused things, %" in said and "masks before merging: Acc_th" in said
+    state, args = train.load_checkpoint(tmp_path / "run" / "last.pt", {})
+    scenes = train.open_dataset(args, False)
+    model, isthing = train.restore_model(state, args, scenes.categories, "").eval(), [k.isthing for k in scenes.categories]
+    counts, pixels, masks_confused = 0, 0, 0
+    for s in (scenes[0], scenes[1]):
+        p = model.predict(s.image)
+        sure = p.instances["scores"] > 0.1
+        counts = counts + torch.stack(confusion_ratio(p.segments, p.categories, s.segments, s.categories, isthing, [5, 95]))
+        masks, kinds = p.instances["masks"][sure], p.instances["categories"][sure]
+        pixels = pixels + instance_pixels(masks, p.instances["scores"][sure], kinds, s.segments, s.categories, isthing)
+        masks_confused = masks_confused + torch.stack(confusion_ratio(masks, kinds, s.segments, s.categories, isthing, [25]))
+    share = 100 * counts[0] / counts[1].clamp(min=1)
+    assert [curve[0], curve[-1]] == pytest.approx(share.tolist(), abs=1e-4) and masks_confused[1] > 0
+    got = [m["instances"][k] for k in ("Acc_th", "Prec_th", "confusion")]
+    assert got == pytest.approx([100 * pixels[0] / pixels[1], 100 * pixels[0] / pixels[2].clamp(min=1), 100 * masks_confused[0, 0] / masks_confused[1, 0]], abs=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["--outside", "--things-only"])
+def test_queries_can_be_asked_for_what_is_outside_or_for_things_only(tmp_path, capsys, flag):
+    """Sections 5.2 and 6.4.  Kernels are made where something is, so neither is a question for them."""
+    call(*PARKING, "--embeddings", "queries", flag, "--out", tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["args"]["outside"] == (flag == "--outside") and state["args"]["things_only"] == (flag == "--things-only")
+    assert "--embeddings queries" in sentence(capsys, *PARKING, flag, "--out", tmp_path / "kernels")
+
+
+def test_targets_of_a_run_that_asks_for_outside_have_a_row_for_every_segment_of_the_picture(tmp_path, monkeypatch):
+    """5.2 undone: as many rows as the picture has segments."""
+    seen = []
+    def losses(self, images, targets):
+        seen.extend((t.image_id, sorted(t.categories.tolist()), len(t.segments.unique())) for t in targets)
+        return {"all": sum(p.sum() for p in self.parameters()) * 0}
+    monkeypatch.setattr(train.Unified, "losses", losses)
+    call(*PARKING, "--embeddings", "queries", "--outside", "--out", tmp_path / "run")
+    lot = train.ibs.Parking(6, seed=1)
+    assert len(seen) == 4 and all(kinds == sorted(lot[i].categories.tolist()) and shown < len(kinds) for i, kinds, shown in seen)
+
+
+def fake_run(folder, seed, **metrics):
+    folder.mkdir()
+    torch.save({"args": {"seed": seed}}, folder / "last.pt")
+    m = dict.fromkeys(("PQ", "PQ_th", "PQ_st", "Acc_th", "Prec_th"), 50.) | {"confusion": {"25": 10.}, "AP_mask": {"AP": 1., "AP_large": math.nan}} | metrics
+    (folder / "metrics.json").write_text(json.dumps(m))
+
+
+def test_two_recipes_are_compared_seed_by_seed(tmp_path, capsys):
+    """Student's t on paired differences: 1, 2, 3 of three seeds are 2 +- 4.303 * 1 / sqrt(3), by hand."""
+    for seed in (0, 1, 2):
+        fake_run(tmp_path / f"a{seed}", seed, PQ_th=40. + seed, confusion={"25": 5.})
+        fake_run(tmp_path / f"b{2 - seed}", seed, PQ_th=39.)                             # folders in another order than seeds
+    table = train.versus(str(tmp_path / "a*"), str(tmp_path / "b*"))
+    assert table["PQ_th"] == pytest.approx((41., 39., 2., 4.303 / 3 ** .5)) and table["confused, T = 25"] == pytest.approx((5., 10., -5., 0.))
+    assert "mask AP_large" not in table and "mask AP" in table
+    said = capsys.readouterr().out
+    assert "+2.0  [-0.5, +4.5]" in said and "3 paired seeds" in said
+    call("--versus", tmp_path / "a*", tmp_path / "b*")
+    assert capsys.readouterr().out == said
+
+
+def test_recipes_with_other_seeds_or_unfinished_runs_are_not_compared(tmp_path, capsys):
+    fake_run(tmp_path / "a0", 0), fake_run(tmp_path / "b1", 1)
+    assert "[0]" in sentence(capsys, "--versus", tmp_path / "a*", tmp_path / "b*") and "seeds" in sentence(capsys, "--versus", tmp_path / "c*", tmp_path / "c*")
+    fake_run(tmp_path / "a2", 0)
+    assert "two runs of seed 0" in sentence(capsys, "--versus", tmp_path / "a*", tmp_path / "b*")
+    (tmp_path / "a2" / "metrics.json").unlink()
+    assert "has not ended" in sentence(capsys, "--versus", tmp_path / "a*", tmp_path / "b*")
+
+
+def test_the_recipes_of_the_parking_lot_give_every_method_the_same_pixels():
+    """What is compared is compared at equal cost: six crops of 80x160 a step, 1280 steps; whole pictures, two a step, take 1500."""
+    for method in train.METHODS:
+        args = train.settings({"dataset": "parking", "method": method})
+        assert (args["crop"], args["batch"], args["steps"], args["scale"]) == ([80, 160], 6, 1280, [.8, 1.25])
+    assert train.settings({"dataset": "parking"})["method"] == "ibs" and 1280 * 6 * 80 * 160 == 1500 * 2 * 128 * 256
 
 
 def test_an_odd_number_of_crops_is_not_made_of_pairs(capsys, tmp_path):
