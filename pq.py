@@ -205,6 +205,7 @@ def confusion_ratio(pred_segments, pred_categories, gt_segments, gt_categories, 
     isthing = torch.as_tensor(isthing).bool().cpu()
     pred_categories, gt_categories, crowd = small_inputs(pred_categories, gt_categories, gt_crowd, len(isthing))
     if pred_segments.ndim == 3:
+        check_masks(pred_segments, pred_categories, gt_segments, gt_categories)
         inter, pred_area = (v.cpu() for v in mask_intersections(pred_segments, gt_segments, len(gt_categories)))
         gt_area = torch.bincount(gt_segments.flatten(), minlength=len(gt_categories) + 1)[1:].cpu()
     else:
@@ -215,6 +216,16 @@ def confusion_ratio(pred_segments, pred_categories, gt_segments, gt_categories, 
     T = torch.as_tensor(thresholds, dtype=torch.float64).cpu()[:, None, None]                       # [len, 1, 1]
     confused = ((100 * inter > T * area).sum(2) >= 2).sum(1)
     return confused, torch.full_like(confused, len(inter))
+
+
+def check_masks(masks, categories, gt_segments, gt_categories):
+    """ValueError unless masks [M, H, W] and segments [H, W] of the truth fit each other and their categories."""
+    if masks.ndim != 3 or gt_segments.ndim != 2 or masks.shape[1:] != gt_segments.shape or len(masks) != len(categories):
+        raise ValueError(f"masks {list(masks.shape)} with {len(categories)} categories do not fit the ground truth {list(gt_segments.shape)}: "
+                         "expected [M, H, W], M and [H, W]")
+    low, high = map(int, torch.aminmax(gt_segments))
+    if low < 0 or high > len(gt_categories):
+        raise ValueError(f"ground truth segments hold ids from {low} to {high}, but there are {len(gt_categories)} categories")
 
 
 def instance_pixels(masks, scores, categories, gt_segments, gt_categories, isthing, gt_crowd=None):
@@ -228,6 +239,9 @@ def instance_pixels(masks, scores, categories, gt_segments, gt_categories, isthi
     """
     isthing = torch.as_tensor(isthing).bool().cpu()
     categories, gt_categories, crowd = small_inputs(categories, gt_categories, gt_crowd, len(isthing))
+    check_masks(masks, categories, gt_segments, gt_categories)
+    if len(scores) != len(masks):
+        raise ValueError(f"there are {len(masks)} masks but {len(scores)} scores")
     order = torch.argsort(torch.as_tensor(scores).cpu(), descending=True, stable=True)
     order = order[isthing[categories[order]]]
     inter = mask_intersections(masks[order.to(masks.device)].bool(), gt_segments, len(gt_categories))[0].cpu()  # [M, G]

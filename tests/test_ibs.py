@@ -122,6 +122,14 @@ def test_stuff_is_ignored():
     assert ibs.ibs_loss(E, features, [torch.tensor([True] + [False] * 3)] * 2, torch.tensor([1, 0])).item() < 1e-11
 
 
+def test_an_extreme_logit_has_a_finite_gradient_whatever_gamma_is():
+    """sigmoid(-120) is 0 in float32, and 0 ** (gamma - 1) would be infinite for gamma below 1."""
+    for gamma, x in itertools.product((0., .5, 1., 2.), (-120., 0., 120.)):
+        e = torch.tensor([[x]], requires_grad=True)
+        ibs.ibs_loss([e, e], torch.ones(2, 1, 1, 1), [torch.tensor([True])] * 2, torch.tensor([1, 0]), gamma=gamma).backward()
+        assert e.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("case", ["no pair", "no things", "nothing"])
 def test_nothing_to_confuse_is_zero_with_gradients(case):
     """4.1, degenerate: a batch of one picture; crops without things; crops without anything."""
@@ -1372,7 +1380,8 @@ def test_the_match_is_the_cheapest_of_all_permutations(segments, n, seed):
     logits, x = randn(seed, n, 5) * 2, randn(seed + 10, n, 4, 5)
     masks, known = (randn(seed + 20, segments, 4, 5) > 0).float(), (randn(seed + 30, 4, 5) > -1).float()
     categories = torch.randint(4, (segments,), generator=seeded(seed))
-    got = queries().match(logits, x, categories, masks, known)
+    segment, got = queries().match(logits, x, categories, masks, known)
+    assert segment.tolist() == list(range(segments))
     assert got.dtype == torch.int64 and got.tolist() == best_match(match_costs(logits, x, categories, masks.double(), known.double()), n)
 
 
@@ -1382,17 +1391,17 @@ def test_the_match_weighs_class_against_masks_as_its_weights_say():
     mask[0, :2] = 1
     x = torch.stack([2 - 4 * mask[0], 4 * mask[0] - 2]) * .1
     logits = torch.tensor([[0., 9, 0, 0, 0], [9., 0, 0, 0, 0]])
-    assert queries(weights=(2., .1, .1)).match(logits, x, torch.tensor([1]), mask, known).tolist() == [0]
-    assert queries(weights=(.01, 5., .01)).match(logits, x, torch.tensor([1]), mask, known).tolist() == [1]
-    assert queries(weights=(.01, .01, 5.)).match(logits, x, torch.tensor([1]), mask, known).tolist() == [1]
+    assert queries(weights=(2., .1, .1)).match(logits, x, torch.tensor([1]), mask, known)[1].tolist() == [0]
+    assert queries(weights=(.01, 5., .01)).match(logits, x, torch.tensor([1]), mask, known)[1].tolist() == [1]
+    assert queries(weights=(.01, .01, 5.)).match(logits, x, torch.tensor([1]), mask, known)[1].tolist() == [1]
 
 
 def test_a_match_of_nothing_is_empty_and_nothing_known_is_no_nan():
     """Queries.match, degenerate: G = 0; all void."""
     q = queries()
-    got = q.match(randn(0, 6, 5), randn(1, 6, 4, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, 5), torch.ones(4, 5))
+    got = q.match(randn(0, 6, 5), randn(1, 6, 4, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, 5), torch.ones(4, 5))[1]
     assert got.shape == (0,) and got.dtype == torch.int64
-    got = q.match(randn(0, 6, 5), randn(1, 6, 4, 5), torch.tensor([1, 2]), torch.zeros(2, 4, 5), torch.zeros(4, 5))
+    got = q.match(randn(0, 6, 5), randn(1, 6, 4, 5), torch.tensor([1, 2]), torch.zeros(2, 4, 5), torch.zeros(4, 5))[1]
     assert len(set(got.tolist())) == 2
 
 
@@ -1401,7 +1410,7 @@ def test_a_match_of_extreme_logits_is_finite():
     mask = torch.zeros(2, 4, 4)
     mask[0, :2], mask[1, 2:] = 1, 1
     x = torch.stack([torch.full((4, 4), -500.), 1000 * mask[1] - 500, torch.full((4, 4), 500.), 1000 * mask[0] - 500])
-    assert queries(4).match(torch.zeros(4, 5), x, torch.tensor([1, 1]), mask, torch.ones(4, 4)).tolist() == [3, 1]
+    assert queries(4).match(torch.zeros(4, 5), x, torch.tensor([1, 1]), mask, torch.ones(4, 4))[1].tolist() == [3, 1]
 
 
 def queries_by_loop(answers, features, targets, no_object=.1):
@@ -1515,11 +1524,33 @@ def test_one_query_and_one_segment():
     assert e[0].shape == (1, 16) and thing[0].tolist() == [True]
 
 
-def test_more_segments_than_queries_are_refused_with_the_remedy():
-    """assign: G <= D."""
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("segments, n", [(5, 3), (4, 1), (6, 5)])
+def test_of_more_segments_than_queries_the_best_matched_are_learnt(segments, n, seed):
+    """Queries, a Choice: every query gets a segment, the cheapest assignment of all permutations of segments; the rest is let go."""
+    logits, x = randn(seed, n, 5) * 2, randn(seed + 10, n, 4, 5)
+    masks, known = (randn(seed + 20, segments, 4, 5) > 0).float(), torch.ones(4, 5)
+    categories = torch.randint(4, (segments,), generator=seeded(seed))
+    segment, query = queries().match(logits, x, categories, masks, known)
+    costs = match_costs(logits, x, categories, masks.double(), known.double())
+    want = best_match([list(row) for row in zip(*costs)], segments)          # of each query its segment
+    assert segment.tolist() == sorted(want) and query.tolist() == [want.index(g) for g in sorted(want)]
     q = queries(1)
-    with pytest.raises(ValueError, match="queries"):
-        q.losses(pyramid_of(0), randn(1, 1, 16, *CELLS), [STREET])
+    losses, embeddings, _ = q.losses(pyramid_of(0), randn(1, 1, 16, *CELLS), [STREET])
+    assert len(embeddings[0]) == 1 and all(v.isfinite() for v in losses.values())
+
+
+def test_a_network_that_has_diverged_says_nan_and_does_not_hang():
+    """Queries.match on NaN and infinities: the loss is NaN, for the trainer to see; assign by itself refuses them."""
+    q, answers, features, targets = case_of_queries()
+    with torch.no_grad():
+        answers[0][1][0, 2] = math.nan
+    assert sum(q.losses({}, features, targets)[0].values()).isnan()
+    segment, query = queries(3).match(torch.zeros(3, 5), torch.full((3, 4, 4), math.inf), torch.tensor([1, 2]), torch.zeros(2, 4, 4), torch.ones(4, 4))
+    assert len(set(query.tolist())) == 2
+    for v in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            ibs.assign(np.array([[1., v], [0., 1.]]))
 
 
 def test_queries_that_say_no_object_are_silent_at_test_time():
@@ -1648,6 +1679,15 @@ def test_scores_at_or_below_the_threshold_take_no_pixel_from_others():
     """merge: "among those above `score_threshold`"."""
     assert columns_of(merged(blocks((0, 8), (0, 4)), [.3, .31], [1, 2], threshold=.305)) == [(2, [0, 1, 2, 3])]
     assert columns_of(merged(blocks((0, 4)), [.2], [1])) == []
+
+
+def test_stuff_of_two_masks_has_the_better_ones_score():
+    """merge: a segment's score, whichever of its masks comes first."""
+    logits = torch.full((2, 2, 4), -9.)
+    logits[0, :, :2], logits[1, :, 2:] = 9., 9.
+    for scores in ([.4, .9], [.9, .4]):
+        _, categories, s = ibs.merge(logits, torch.tensor(scores), torch.tensor([3, 3]), ISTHING, (2, 4), .3, .5)
+        assert categories.tolist() == [3] and s.tolist() == pytest.approx([.9])
 
 
 def test_stuff_of_one_category_is_one_segment_and_things_are_not():

@@ -452,6 +452,17 @@ def test_a_second_mask_of_a_thing_is_wrong_and_the_score_says_which():
     assert instance_pixels(mask[:0], torch.zeros(0), torch.zeros(0).long(), *args[1:]).tolist() == [0, 4, 0]
 
 
+def test_masks_that_do_not_fit_are_refused():
+    gt, masks, one = torch.ones(4, 6).long(), torch.ones(2, 4, 6).bool(), torch.tensor([3])
+    for m, c, s, sentence in ((masks[:, :, :4], one.repeat(2), 2, "do not fit"), (masks, one, 2, "do not fit"), (masks, one.repeat(2), 1, "1 scores")):
+        with pytest.raises(ValueError, match=sentence):
+            instance_pixels(m, torch.ones(s), c, gt, one, ISTHING)
+    with pytest.raises(ValueError, match="do not fit"):
+        confusion_ratio(masks[:, :, :4], one.repeat(2), gt, one, ISTHING, [25])
+    with pytest.raises(ValueError, match="ids from 2 to 2"):
+        instance_pixels(masks, torch.ones(2), one.repeat(2), 2 * gt, one, ISTHING)
+
+
 def test_confusion_of_masks_that_overlap_is_that_of_each_mask():
     """Section 6.2 for 6.4: each mask as if it were the only one of its picture; as segments where they do not overlap."""
     thresholds = [0, 20, 50]

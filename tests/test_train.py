@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -504,9 +505,34 @@ def test_the_recipes_of_both_families_are_the_papers():
         args = train.settings({"dataset": dataset, "method": "ibs", **flags})
         return [args[k] for k in keys]
     assert recipe("cityscapes", "steps", "batch", "crop", "scale", "sampler") == [65000, 32, [512, 1024], [.5, 2.], "paired"]
-    assert recipe("mapillary", "steps", "batch", "crop", "scale", "short_side") == [150000, 32, [1024, 1024], [1., 2.], 1024]
+    assert recipe("mapillary", "steps", "batch", "crop", "scale", "short_side") == [150000, 32, [1024, 1024], [.5, 1.], 2048]
     assert recipe("cityscapes", "steps", "batch", "crop", embeddings="queries") == [90000, 16, [512, 1024]]
     assert recipe("mapillary", "steps", "batch", "crop", embeddings="queries") == [300000, 16, [1024, 1024]]
+    assert recipe("cityscapes", "poly", "frozen", "lr", "lr_body", embeddings="queries") == [.9, 0, 1e-4, 1e-5]
+
+
+def test_a_polynomial_decay_takes_the_place_of_the_drops():
+    """rate: (what is left of the run) ** poly after the warm-up."""
+    args = {"warmup": 10, "poly": .9, "drops": [.1]}
+    assert train.rate(0, 100, args) == pytest.approx(1 / 3) and train.rate(50, 100, args) == pytest.approx(.5 ** .9)
+    assert train.rate(99, 100, args) == pytest.approx(.01 ** .9) and train.rate(50, 100, {**args, "poly": 0.}) == pytest.approx(.1)
+
+
+def test_the_backbone_of_queries_learns_at_a_rate_of_its_own():
+    args = train.settings({"dataset": "parking", "method": "ibs", "embeddings": "queries", "lr": .5, "lr_body": .25})
+    model = train.Unified(train.ibs.Parking.categories, args)
+    (_, groups, make, _), = model.stages()
+    rate = {id(p): g["lr"] for g in make(groups).param_groups for p in g["params"]}
+    assert len(rate) == len(list(model.parameters()))
+    assert all(rate[id(p)] == (.25 if name.startswith("body.stages") else .5) for name, p in model.named_parameters())
+
+
+def test_pairs_can_be_drawn_by_processes_that_are_spawned():
+    """PairedCropSampler travels to a process that shares nothing with this one."""
+    args = train.settings({"dataset": "parking", "scenes": 6, "workers": 0, "device": "cpu"})
+    sampler = train.build_sampler(train.open_dataset(args, True), args, train.World(args), Path("nowhere"), 0)
+    again = pickle.loads(pickle.dumps(sampler))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(sampler.pair(3), again.pair(3)))
 
 
 PARKING = ("--dataset parking --width 16 --crop 48 64 --batch 2 --scenes 6 --eval-count 2 --interval 2 --workers 0 --threads 1 --precision float32 "
@@ -517,7 +543,7 @@ def test_a_run_on_the_parking_lot_counts_who_is_confused(tmp_path, capsys):
     """Figure 5 at T = 5 ... 95 and section 6.4 on overlapping masks, from the segments that were written and the model's own masks."""
     call(*PARKING, "--embeddings", "queries", "--score-threshold", 0.1, "--lr", 1e-5, "--out", tmp_path / "run")
     m = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert list(m["confusion"]) == [str(t) for t in range(5, 96, 5)] and set(m["instances"]) == {"Acc_th", "Prec_th", "confusion"}
+    assert list(m["confusion"]) == [str(t) for t in range(5, 96, 5)] and list(m["instances"]) == ["Acc_th", "Prec_th", "confusion", "things a picture", "empty ones"]
     curve = list(m["confusion"].values())
     assert curve == sorted(curve, reverse=True) and 0 <= curve[-1] <= curve[0] <= 100 and curve[0] > 0
     said = capsys.readouterr().out
@@ -525,7 +551,7 @@ def test_a_run_on_the_parking_lot_counts_who_is_confused(tmp_path, capsys):
     state, args = train.load_checkpoint(tmp_path / "run" / "last.pt", {})
     scenes = train.open_dataset(args, False)
     model, isthing = train.restore_model(state, args, scenes.categories, "").eval(), [k.isthing for k in scenes.categories]
-    counts, pixels, masks_confused = 0, 0, 0
+    counts, pixels, masks_confused, named, empty = 0, 0, 0, 0, 0
     for s in (scenes[0], scenes[1]):
         p = model.predict(s.image)
         sure = p.instances["scores"] > 0.1
@@ -533,10 +559,12 @@ def test_a_run_on_the_parking_lot_counts_who_is_confused(tmp_path, capsys):
         masks, kinds = p.instances["masks"][sure], p.instances["categories"][sure]
         pixels = pixels + instance_pixels(masks, p.instances["scores"][sure], kinds, s.segments, s.categories, isthing)
         masks_confused = masks_confused + torch.stack(confusion_ratio(masks, kinds, s.segments, s.categories, isthing, [25]))
+        named, empty = named + len(masks) / 2, empty + (~masks.flatten(1).any(1)).sum() / 2
     share = 100 * counts[0] / counts[1].clamp(min=1)
     assert [curve[0], curve[-1]] == pytest.approx(share.tolist(), abs=1e-4) and masks_confused[1] > 0
-    got = [m["instances"][k] for k in ("Acc_th", "Prec_th", "confusion")]
-    assert got == pytest.approx([100 * pixels[0] / pixels[1], 100 * pixels[0] / pixels[2].clamp(min=1), 100 * masks_confused[0, 0] / masks_confused[1, 0]], abs=1e-4)
+    got = list(m["instances"].values())
+    assert got[3:] == [named, empty] and named > 1
+    assert got[:3] == pytest.approx([100 * pixels[0] / pixels[1], 100 * pixels[0] / pixels[2].clamp(min=1), 100 * masks_confused[0, 0] / masks_confused[1, 0]], abs=1e-4)
 
 
 @pytest.mark.parametrize("flag", ["--outside", "--things-only"])
@@ -546,6 +574,7 @@ def test_queries_can_be_asked_for_what_is_outside_or_for_things_only(tmp_path, c
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["args"]["outside"] == (flag == "--outside") and state["args"]["things_only"] == (flag == "--things-only")
     assert "--embeddings queries" in sentence(capsys, *PARKING, flag, "--out", tmp_path / "kernels")
+    assert "--embeddings queries" in sentence(capsys, *SMALL, "--method", "seamless", flag, "--steps", 1, "--out", tmp_path / "other")
 
 
 def test_targets_of_a_run_that_asks_for_outside_have_a_row_for_every_segment_of_the_picture(tmp_path, monkeypatch):
@@ -576,6 +605,9 @@ def test_two_recipes_are_compared_seed_by_seed(tmp_path, capsys):
     assert table["PQ_th"] == pytest.approx((41., 39., 2., 4.303 / 3 ** .5)) and table["confused, T = 25"] == pytest.approx((5., 10., -5., 0.))
     assert "mask AP_large" not in table and "mask AP" in table
     said = capsys.readouterr().out
+    fake_run(tmp_path / "c0", 0, instances={"Acc_th": 3.}), fake_run(tmp_path / "c1", 1), fake_run(tmp_path / "c2", 2)
+    assert not any("merging" in k for k in train.versus(str(tmp_path / "c*"), str(tmp_path / "b*")))         # what only some runs know
+    capsys.readouterr()
     assert "+2.0  [-0.5, +4.5]" in said and "3 paired seeds" in said
     call("--versus", tmp_path / "a*", tmp_path / "b*")
     assert capsys.readouterr().out == said
