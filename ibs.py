@@ -931,12 +931,15 @@ def draw(scenes, answers, curves, growth):
             worst.append(case)
             seen.add(case[2].name)
     fig = plt.figure(figsize=(13, 5.0), layout="constrained")
-    grid = fig.add_gridspec(6, 4, width_ratios=[1, 1, 1, 1.15])
+    left, right = fig.subfigures(1, 2, width_ratios=[2.4, 1])
+    grid = left.subplots(3, 3)
     titles = {None: "a vehicle", "crops": "its embedding, trained on crops", "pairs, IBS": "... on pairs, with IBS"}
     names = [s.name for s in scenes]
+    for ax in grid.flat:
+        ax.set_axis_off()
     for i, (_, _, s, truth) in enumerate(worst):
         for j, (name, title) in enumerate(titles.items()):
-            ax = fig.add_subplot(grid[2 * i:2 * i + 2, j])
+            ax = grid[i, j]
             mask = truth if name is None else embedding_of(answers[name][names.index(s.name)], truth)
             picture = s.image.clone()
             if name:
@@ -945,12 +948,11 @@ def draw(scenes, answers, curves, growth):
                 picture[:, mask] = 0.35 * picture[:, mask] + 0.65 * torch.tensor([0.95, 0.1, 0.1])[:, None]
             ax.imshow(picture.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
             ax.contour(truth, [0.5], colors="lime" if name else "white", linewidths=1.5)
-            ax.set_axis_off()
             if mask is None:
-                ax.text(0.5, 0.5, "none found", transform=ax.transAxes, ha="center", fontsize=12, color="white")
+                ax.text(0.5, 0.5, "none found", transform=ax.transAxes, ha="center", va="center", fontsize=12, color="white")
             if i == 0:
                 ax.set_title(title, fontsize=11)
-    upper, lower = fig.add_subplot(grid[:3, 3]), fig.add_subplot(grid[3:, 3])
+    upper, lower = right.subplots(2)
     styles = {"full images": ("black", "-"), "crops": ("tab:red", "-"), "crops, IBS": ("tab:blue", "-"), "pairs": ("tab:red", "--"),
               "pairs, IBS": ("tab:blue", "--")}
     for name, (colour, style) in styles.items():
@@ -958,7 +960,7 @@ def draw(scenes, answers, curves, growth):
         lower.plot(list(WINDOWS), growth[name], color=colour, ls=style, lw=2, marker="o", ms=4)
     upper.set(xlabel="T, % of a true thing that is covered", ylabel="confused, %", xlim=(0, 95), ylim=(0, None))
     lower.set(xlabel="size of the picture; crops have 80x160", ylabel="confused at T = 25, %", ylim=(0, None))
-    upper.set_title("predicted things that are confused (Figure 5)", fontsize=11)
+    upper.set_title("predictions that are confused (Figure 5)", fontsize=11)
     upper.legend(fontsize=9)
     for ax in (upper, lower):
         ax.grid(alpha=0.3)

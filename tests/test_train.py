@@ -564,7 +564,8 @@ def test_a_run_on_the_parking_lot_counts_who_is_confused(tmp_path, capsys):
     assert [curve[0], curve[-1]] == pytest.approx(share.tolist(), abs=1e-4) and masks_confused[1] > 0
     got = list(m["instances"].values())
     assert got[3:] == [named, empty] and named > 1
-    assert got[:3] == pytest.approx([100 * pixels[0] / pixels[1], 100 * pixels[0] / pixels[2].clamp(min=1), 100 * masks_confused[0, 0] / masks_confused[1, 0]], abs=1e-4)
+    right, true, predicted = pixels.tolist()
+    assert got[:3] == pytest.approx([100 * right / true, 100 * right / max(predicted, 1), 100 * (masks_confused[0, 0] / masks_confused[1, 0]).item()], abs=1e-4)
 
 
 @pytest.mark.parametrize("flag", ["--outside", "--things-only"])
