@@ -4,6 +4,7 @@ networks, kernels (Panoptic FCN) and queries (Mask2Former), with what carries th
 Oracles are loops over pixels, cells and segments, counts over thousands of draws, all permutations, certificates of
 optimality, finite differences, and cases computed by hand."""
 import collections
+import colorsys
 import copy
 import functools
 import itertools
@@ -1248,6 +1249,20 @@ def test_every_layer_answers_and_the_untouched_queries_first(size, layers):
 
 
 @torch.no_grad()
+def test_queries_have_places_which_are_added_where_they_look_and_not_to_what_they_say():
+    """Queries.answers: attention compares query + place with cells + positions, and reads cells and queries without them."""
+    q, seen = queries(layers=1), {}
+    for name, m in (("cross", q.cross[0]), ("among", q.among[0])):
+        m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args}))
+    pyramid = pyramid_of(0)
+    q.answers(pyramid, randn(1, 1, 16, *CELLS))
+    place, cells = q.place.weight[None], (q.inputs[0](pyramid[32]) + q.level.weight[0][:, None, None])
+    look, keys, values = seen["cross"]
+    close(look, q.query.weight[None] + place), close(values, cells.flatten(2).mT), close(keys - values, ibs.sine(cells).flatten(2).mT, atol=1e-5)
+    look, keys, values = seen["among"]
+    close(look - values, place, atol=1e-6), close(keys, look)
+
+
 def test_answers_of_a_picture_do_not_depend_on_the_batch():
     q, pyramid, f = queries(), pyramid_of(0, batch=3), randn(1, 3, 16, *CELLS)
     together = q.answers(pyramid, f)
@@ -1836,6 +1851,36 @@ def test_vehicles_are_numbered_from_the_back_to_the_front_and_hide_what_is_behin
     assert (rows.diff() < -15).sum() == 0 and rows.max() > 110 and rows.min() < 70
     hedge, ground = (s.image[:, s.segments == k] for k in (2, 1))
     assert hedge[1].mean() > hedge[0].mean() + .1 and (ground.mean(1) - ground.mean()).abs().max() < .02
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("left, bottom", [(10.3, 52.6), (-12.4, 47.1), (57.2, 70.9), (20.6, 21.2)], ids=["inside", "cut left", "cut right and below", "cut above"])
+def test_a_vehicle_is_painted_pixel_by_pixel_as_it_is_drawn_here(kind, left, bottom):
+    """Parking.paint, every pixel's centre by itself: body with a darker rim, glass, lamps, two tyres with a gap between them; a car
+    leans in from .55 of its height to a roof of .7, a van from .7 to .85, a bus hardly; glass begins at .55, .65, .5."""
+    image, owner = np.full((64, 80, 3), .3), np.full((64, 80), 7)
+    width, height = 36.7, 31.9
+    ibs.Parking(1).paint(image, owner, 9, kind, left, bottom, width, height, np.random.default_rng(5))
+    knee, roof, glass = [(.55, .7, .55), (.7, .85, .65), (.92, .96, .5)][kind]
+    r = np.random.default_rng(5)
+    paint = np.array(colorsys.hsv_to_rgb(r.random(), r.uniform(.25, .75), r.uniform(.45, .95)))
+    for y, x in itertools.product(range(64), range(80)):
+        across, up = abs(x + .5 - (left + width / 2)) / (width / 2), (bottom - (y + .5)) / height
+        half = 1 if up < knee else 1 - (1 - roof) * (up - knee) / (1 - knee)
+        inside = across < half and 0 < up < 1
+        if not inside or up < .16 and across <= .5:
+            want, who = np.full(3, .3), 7
+        else:
+            who = 9
+            if up < .16:
+                want = np.full(3, .08)
+            elif .63 < across < .87 and .3 < up < .42:
+                want = np.array([.95, .95, .8])
+            elif across < .85 * half and glass < up < .94:
+                want = np.array([.15, .2, .25])
+            else:
+                want = paint * (.8 + .3 * up) * (.75 if across > half - .07 or up > .96 else 1)
+        assert owner[y, x] == who and image[y, x] == pytest.approx(want, abs=1e-6), (y, x)
 
 
 def test_pictures_of_a_parking_lot_depend_on_seed_and_number_alone():
