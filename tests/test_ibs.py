@@ -203,6 +203,18 @@ def test_pairs_show_one_category_of_two_images_whole_where_it_fits():
     assert abs(seen[1] - 300) < 62 and whole > 900                             # uniform in classes, whatever their number
 
 
+def test_a_chosen_segment_lies_anywhere_in_its_crop():
+    """4.2, step 5 says that a crop contains the segment, not where: in 400 pairs it touches the left part as often as the right."""
+    sampler, place = ibs.PairedCropSampler(DATA, (48, 64), seed=2), []
+    for k in range(400):
+        for _, t in sampler.pair(k):
+            x1, _, x2, _ = t.boxes[t.instance - 1].tolist()
+            if x2 - x1 <= 40 and not t.truncated[t.instance - 1].any():
+                place.append(x1 / (64 - (x2 - x1)))                                # 0 at the left edge, 1 at the right one
+    place = torch.tensor(place)
+    assert len(place) > 400 and (place < .2).float().mean() < .45 and (place > .8).float().mean() > .1 and place.std() > .2
+
+
 def test_the_segments_of_a_pair_have_a_similar_size():
     """4.2, step 4: square roots of the areas before cropping within 10% where no limit acts; and all within the limits."""
     sampler, free = ibs.PairedCropSampler(DATA, (48, 64), s0=180, scale=(.5, 2.), seed=2), 0
@@ -954,6 +966,13 @@ def test_a_mask_that_has_died_is_called_back(kind):
     close(slope[:, inside], torch.full((16, int(inside.sum())), -3 / cells), rtol=1e-4), close(slope[:, (known > 0) & ~inside], 0 * slope[:, (known > 0) & ~inside])
 
 
+def test_an_untrained_network_of_kernels_is_undecided_about_every_pixel():
+    """Kernels: "all masks begin at 1/2", however large its features are."""
+    k, pyramid = kernels(), pyramid_of(0)
+    e = torch.cat([m.flatten(2) for _, m in k.maps(pyramid)], 2)[0]
+    assert (e.T @ F.normalize(randn(3, e.shape[0], 50), dim=0)).sigmoid().sub(.5).abs().max() < .1
+
+
 def test_heat_learns_from_positions_and_kernels_from_masks():
     """Kernels.losses: who gets a gradient.  What intra-batch supervision pushes are kernels and features, not scores."""
     k, heat, maps, features, targets = case_of_kernels()
@@ -1251,9 +1270,11 @@ def test_every_layer_answers_and_the_untouched_queries_first(size, layers):
 @torch.no_grad()
 def test_queries_have_places_which_are_added_where_they_look_and_not_to_what_they_say():
     """Queries.answers: attention compares query + place with cells + positions, and reads cells and queries without them."""
-    q, seen = queries(layers=1), {}
-    for name, m in (("cross", q.cross[0]), ("among", q.among[0])):
+    q, seen, said = queries(layers=1), {}, {}
+    parts = {"cross": q.cross[0], "among": q.among[0], "feed": q.feed[0], **{f"norm{k}": m for k, m in enumerate(q.norms[0])}}
+    for name, m in parts.items():
         m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args}))
+        m.register_forward_hook(lambda m, args, out, name=name: said.update({name: out}))
     pyramid = pyramid_of(0)
     q.answers(pyramid, randn(1, 1, 16, *CELLS))
     place, cells = q.place.weight[None], (q.inputs[0](pyramid[32]) + q.level.weight[0][:, None, None])
@@ -1261,6 +1282,9 @@ def test_queries_have_places_which_are_added_where_they_look_and_not_to_what_the
     close(look, q.query.weight[None] + place), close(values, cells.flatten(2).mT), close(keys - values, ibs.sine(cells).flatten(2).mT, atol=1e-5)
     look, keys, values = seen["among"]
     close(look - values, place, atol=1e-6), close(keys, look)
+    close(seen["norm0"][0], q.query.weight[None] + said["cross"][0])             # what is heard is added to what was known
+    close(seen["norm1"][0], values + said["among"][0])
+    close(seen["norm2"][0], said["norm1"] + said["feed"])
 
 
 def test_answers_of_a_picture_do_not_depend_on_the_batch():
