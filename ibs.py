@@ -255,8 +255,8 @@ class Kernels(nn.Module):
     kernels that stand for a thing in training; similarity: cosine from which two kernels are one object; detections: at most
     so many peaks; weights of "position" and "mask".
     Deviation: beside its dice a mask has a cross entropy.  Where all logits of a mask are far below 0 the dice has no gradient
-    left, as p (1 - p) has none: trained by dice alone the ground of the parking lot died in every second run, at logits of -27
-    wherever it was, and never came back.  At -27 the cross entropy pulls with its full strength."""
+    left, as p (1 - p) has none: trained by dice alone the ground of the parking lot died in about every second run, at logits
+    of -27 wherever it was, and never came back.  At -27 the cross entropy pulls with its full strength."""
     strides = (8, 16, 32)
 
     def __init__(self, isthing, c_in, channels, canonical=64, layers=2, positions=7, score_threshold=0.3, similarity=0.9,
@@ -898,8 +898,8 @@ def demo(full=False):
           "trained on     PQ   PQ_th  Acc_th  Prec_th     merged  before merging  seconds   PQ_th Acc_th Prec_th")
     for name, (mode, supervised, paper) in ROWS.items():
         torch.manual_seed(0)
-        net = UnifiedNet(isthing, seamless.resnet_fpn("tiny", 64), "kernels", 32, 2.0 * supervised, mode == "paired", canonical=28)
-        net = net.to(device)
+        body = seamless.resnet_fpn("tiny", 64)
+        net = UnifiedNet(isthing, body, "kernels", 32, 2.0 * supervised, mode == "paired", canonical=28).to(device)
         seconds = learn(net, batches(scenes, index, mode), steps * 35 // 32 if mode == "full" else steps)
         found = {size: measure(net, pictures) for size, pictures in parts.items()}
         growth[name] = [m[1][THRESHOLDS.index(25)].item() for m in found.values()]
