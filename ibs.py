@@ -234,6 +234,11 @@ def cross_entropy(logits, truth, known):
     return ((F.softplus(x) - x * truth) * known).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
 
 
+def mask_loss(logits, truth, known):
+    """What a mask of a kernel costs: dice + cross entropy; shapes as in `dice`."""
+    return dice(logits, truth, known) + cross_entropy(logits, truth, known)
+
+
 # --- Embeddings as kernels, after Panoptic FCN (Li et al., CVPR 2021) ---------------------------------------------------
 
 class Place(NamedTuple):
@@ -336,8 +341,7 @@ class Kernels(nn.Module):
                     weight = weight / weight.sum(1, keepdim=True)
                     own = kernel.flatten(1).T[cell]                                                            # [n, k, C]
                     logits = (own @ features[b].flatten(1)).unflatten(-1, known.shape)
-                    y = truth[place.things][:, None]
-                    masks.append((weight * (dice(logits, y, known) + cross_entropy(logits, y, known))).sum(1))
+                    masks.append((weight * mask_loss(logits, truth[place.things][:, None], known)).sum(1))
                     found.append((weight[..., None] * own).sum(1))
             things = sum(len(e) for e in found)
             with torch.autocast(features.device.type, enabled=False):         # sums over all cells
@@ -346,7 +350,7 @@ class Kernels(nn.Module):
             if (cells > 0).any():
                 rows, mean = places[0].stuff[cells > 0], total[cells > 0] / cells[cells > 0, None]
                 logits = (mean @ features[b].flatten(1)).unflatten(-1, known.shape)
-                masks.append(dice(logits, truth[rows], known) + cross_entropy(logits, truth[rows], known))
+                masks.append(mask_loss(logits, truth[rows], known))
                 found.append(mean)
             embeddings.append(torch.cat(found) if found else features.new_zeros(0, features.shape[1]))
             is_thing.append(torch.arange(len(embeddings[-1]), device=features.device) < things)
@@ -547,9 +551,8 @@ def sine(x):
     c, (h, w) = x.shape[1] // 4, x.shape[-2:]
     frequency = 2 * math.pi * 10000 ** (-torch.arange(c, device=x.device) / c)
     y, x_ = ((torch.arange(n, device=x.device) + 0.5) / n * frequency[:, None] for n in (h, w))                # [c, h], [c, w]
-    parts = [f(v)[:, :, None].expand(c, h, w) for v in (y,) for f in (torch.sin, torch.cos)]
-    parts += [f(v)[:, None, :].expand(c, h, w) for v in (x_,) for f in (torch.sin, torch.cos)]
-    return torch.cat(parts)[None].to(x.dtype)
+    down, across = ([f(v).view(shape).expand(c, h, w) for f in (torch.sin, torch.cos)] for v, shape in ((y, (c, h, 1)), (x_, (c, 1, w))))
+    return torch.cat(down + across)[None].to(x.dtype)
 
 
 # --- 5.2 What lies outside of the crop: Mask2Former's correction, undone -----------------------------------------------
@@ -619,9 +622,10 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
 
 class UnifiedNet(nn.Module):
     """Section 3.1: embeddings times features.  isthing bool [categories]; body: a pyramid with `.channels`, as `resnet_fpn` of
-    seamless.py makes it; embeddings "kernels" or "queries"; ibs_weight 0 turns intra-batch supervision off; paired: the batch
-    comes from PairedCropSampler, whose pairs supervise each other; stuff_area counts pixels at 1024x2048 and is scaled with the
-    picture.  `instances` of a prediction are all things with an embedding, also those that merging drops."""
+    seamless.py makes it; embeddings "kernels" or "queries", `how` is for their class; channels: C of both; ibs_weight 0 turns
+    intra-batch supervision off; paired: the batch comes from PairedCropSampler, whose pairs supervise each other;
+    score_threshold, overlap: of `merge`; stuff_area counts pixels at 1024x2048 and is scaled with the picture.  `instances` of
+    a prediction are all things with an embedding, also those that merging drops."""
 
     def __init__(self, isthing, body, embeddings="kernels", channels=64, ibs_weight=0.0, paired=False, score_threshold=0.3,
                  overlap=0.5, stuff_area=4096, **how):
@@ -916,7 +920,7 @@ def draw(scenes, answers, curves, growth):
     """figures/ibs.png: the three most confused embeddings of crops and what became of them; Figure 5; growing pictures."""
     import matplotlib.pyplot as plt
     isthing, cases = torch.tensor([k.isthing for k in Parking.categories]), []
-    for s, things in zip(scenes, answers["crops"]):
+    for n, (s, things) in enumerate(zip(scenes, answers["crops"])):
         for k in torch.where(isthing[s.categories])[0].tolist():
             truth = s.segments == k + 1
             mask = embedding_of(things, truth)
@@ -924,24 +928,21 @@ def draw(scenes, answers, curves, growth):
                 area = torch.bincount(s.segments.flatten(), minlength=len(s.categories) + 1)[1:]
                 shared = torch.bincount(s.segments[mask], minlength=len(s.categories) + 1)[1:]
                 others = isthing[s.categories] & (shared > 0.25 * area)
-                cases.append((int(others.sum()), len(cases), s, truth))
-    worst, seen = [], set()
-    for case in sorted(cases, key=lambda c: (-c[0], c[1])):                    # one a picture
-        if case[2].name not in seen and len(worst) < 3:
-            worst.append(case)
-            seen.add(case[2].name)
+                cases.append((int(others.sum()), n, truth))
+    worst = {}                                                                # picture -> its worst thing
+    for _, n, truth in sorted(cases, key=lambda case: -case[0]):
+        worst.setdefault(n, truth)
     fig = plt.figure(figsize=(13, 5.0), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[2.4, 1])
     grid = left.subplots(3, 3)
     titles = {None: "a vehicle", "crops": "its embedding, trained on crops", "pairs, IBS": "... on pairs, with IBS"}
-    names = [s.name for s in scenes]
     for ax in grid.flat:
         ax.set_axis_off()
-    for i, (_, _, s, truth) in enumerate(worst):
+    for i, (n, truth) in enumerate(list(worst.items())[:3]):
         for j, (name, title) in enumerate(titles.items()):
             ax = grid[i, j]
-            mask = truth if name is None else embedding_of(answers[name][names.index(s.name)], truth)
-            picture = s.image.clone()
+            mask = truth if name is None else embedding_of(answers[name][n], truth)
+            picture = scenes[n].image.clone()
             if name:
                 picture = picture.mean(0, keepdim=True).expand(3, -1, -1) * 0.55 + 0.25
             if name and mask is not None:

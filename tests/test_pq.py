@@ -452,6 +452,13 @@ def test_a_second_mask_of_a_thing_is_wrong_and_the_score_says_which():
     assert instance_pixels(mask[:0], torch.zeros(0), torch.zeros(0).long(), *args[1:]).tolist() == [0, 4, 0]
 
 
+def test_a_last_segment_without_a_pixel_confuses_nobody_and_is_not_true():
+    """Categories may name more segments than the truth shows, as a resized label does."""
+    gt, masks = torch.tensor([[1, 1, 2, 2, 2]]), torch.ones(1, 1, 5).bool()
+    assert [v.item() for v in confusion_ratio(masks, [3], gt, [3, 3, 3, 3], ISTHING, [25])] == [1, 1]
+    assert instance_pixels(masks, torch.ones(1), torch.tensor([3]), gt, torch.tensor([3, 3, 3, 3]), ISTHING).tolist() == [3, 5, 5]
+
+
 def test_masks_that_do_not_fit_are_refused():
     gt, masks, one = torch.ones(4, 6).long(), torch.ones(2, 4, 6).bool(), torch.tensor([3])
     for m, c, s, sentence in ((masks[:, :, :4], one.repeat(2), 2, "do not fit"), (masks, one, 2, "do not fit"), (masks, one.repeat(2), 1, "1 scores")):
