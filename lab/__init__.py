@@ -1,0 +1,1 @@
+"""What experiments need and no idea does. Nothing in here is needed to understand a paper."""

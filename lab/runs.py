@@ -1,0 +1,223 @@
+"""Runs and checkpoints: where a run computes, what its folder holds, how it is read back.
+
+A run's folder holds last.pt (the checkpoint), log.csv (losses of each interval), curves.png,
+metrics.json, predictions.png and the predictions in COCO panoptic format.
+"""
+import csv
+import json
+import math
+import os
+import resource
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import DataError
+
+
+class World:
+    """Device, precision and the other processes of a run. One process: rank 0 of 1.
+
+    precision "auto" is bf16 on a GPU and on CPUs that multiply bf16 in hardware, where it is two to
+    three times as fast, else float32. `smallest_map` is the side in pixels of the coarsest feature
+    map: on a CPU, oneDNN returns wrong bf16 gradients for strided convolutions of one pixel."""
+
+    def __init__(self, device="auto", precision="auto", threads=0, smallest_map=2):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available() and device != "cpu"
+        if device == "cuda" and not cuda:
+            raise DataError("--device cuda: no CUDA device was found; leave --device away to use "
+                            "the CPU")
+        if threads:
+            torch.set_num_threads(threads)
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        fast = cuda or (supported() and smallest_map > 1)
+        self.bf16 = precision == "bf16" or (precision == "auto" and fast)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def memory(self):
+        """Peak memory in GiB: of the GPU, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2 ** 30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+    def share(self, value):
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value):
+        """Every rank's value, a list in the order of ranks, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- Checkpoints ------------------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Writes beside the file, then moves it into place: a run that is killed keeps the old one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_file(path):
+    """torch.load for tensors and plain values only, with one clear sentence where that fails."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; give the last.pt of a run's folder")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is "
+                        "damaged, cut short or something else; take another copy") from e
+
+
+def load_checkpoint(path):
+    """The checkpoint in that file: model, optimiser, step, seconds, rng, settings, categories."""
+    state = load_file(path)
+    needed = {"model", "optimiser", "step", "rng", "settings", "categories"}
+    if not (isinstance(state, dict) and needed <= state.keys()):
+        raise DataError(f"{path} is no checkpoint of train.py; give the last.pt of a run's folder")
+    return state
+
+
+def restore(model, state, categories, path):
+    """Loads the checkpoint's weights; refuses to read one set of categories as another."""
+    known = [c[0] for c in state["categories"]]
+    names = [c.name for c in categories]
+    if known != names:
+        raise DataError(f"{path} knows {len(known)} categories ({', '.join(known[:4])}, ...), the "
+                        f"data set has {len(names)} ({', '.join(names[:4])}, ...): evaluate it on "
+                        "its own data set")
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        raise DataError(f"{path} holds another network than these settings ask for: leave away "
+                        "the flags that change body or model") from e
+    return model
+
+
+def random_state(device):
+    """The state of this process's random numbers, as a dict for a checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state, device):
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def new_folder(name):
+    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
+    n = 1
+    while Path("runs", f"{name}-{n}").exists():
+        n += 1
+    return Path("runs", f"{name}-{n}")
+
+
+def strict(value):
+    """The same value with None for numbers that JSON does not have (NaN, infinities)."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path, value):
+    """Strict JSON, written beside the file and moved into place."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+# --- The log ----------------------------------------------------------------------------------
+
+class Log:
+    """log.csv: a row an interval. A resumed run drops the rows beyond its first step. A new stage
+    may bring losses of its own: the file gets more columns."""
+    FIXED = ("lr", "images_per_second")
+
+    def __init__(self, path, begin=0):
+        self.path, self.rows, self.losses = path, [], []
+        if path.exists() and begin:
+            with open(path) as f:
+                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) <= begin]
+            fixed = {"step", *self.FIXED}
+            self.losses = [k for k in (self.rows[0] if self.rows else {}) if k not in fixed]
+        self.write()
+
+    def add(self, step, losses, lr, speed):
+        row = {"step": step, **{k: f"{v:.6g}" for k, v in losses.items()}, "lr": f"{lr:.6g}",
+               "images_per_second": f"{speed:.3g}"}
+        self.rows.append(row)
+        new = [k for k in losses if k not in self.losses]
+        self.losses += new
+        if new:
+            self.write()
+        else:
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self.columns(), restval="").writerow(row)
+
+    def columns(self):
+        return ["step", *self.losses, *self.FIXED]
+
+    def write(self):
+        with open(self.path, "w", newline="") as f:
+            out = csv.DictWriter(f, self.columns(), restval="")
+            out.writeheader()
+            out.writerows(self.rows)
+
+
+def draw_curves(folder):
+    """curves.png from log.csv: each loss over the steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(folder / "log.csv") as f:
+        rows = list(csv.DictReader(f))
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    names = [k for k in (rows[0] if rows else {}) if k not in ("step", *Log.FIXED)]
+    for name in names:
+        known = [r for r in rows if r[name]]                   # a stage has losses of its own
+        ax.semilogy([int(r["step"]) for r in known], [max(float(r[name]), 1e-6) for r in known],
+                    label=name, lw=2.5 if name == "total" else 1.2)
+    ax.set(xlabel="step", ylabel="loss, mean of an interval")
+    if names:
+        ax.legend(ncols=2, fontsize=8)
+    ax.grid(alpha=0.3)
+    fig.savefig(folder / "curves.png", dpi=100)
+    plt.close(fig)

@@ -1,0 +1,31 @@
+"""`pytest --claims` prints one row for each claim of the papers: where it stands, which function and
+which test hold it, and the figure that shows it."""
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--claims", action="store_true", help="print the claims of the papers and stop")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--claims"):
+        return
+    rows = set()
+    for item in items:
+        for mark in item.iter_markers("claim"):
+            c = mark.kwargs
+            test = f"{item.path.name}::{item.originalname}"
+            rows.add((c["paper"], c["where"], c["text"], c["of"], test, c["figure"], c["result"]))
+    table = [("paper", "where", "claim", "function", "test", "figure", "result"), *sorted(rows)]
+    widths = [max(len(row[k]) for row in table) for k in range(7)]
+    print()
+    for row in table:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    print(f"{len(rows)} claims")
+    items[:] = []
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--claims") and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
