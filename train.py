@@ -198,7 +198,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
 # --- A run ------------------------------------------------------------------------------------
 
 def build_model(args, categories, world, state=None, path=""):
-    """The model of the settings, on its device, with the weights of a checkpoint if one is given."""
+    """The model of the settings, on its device; with the weights of a checkpoint, if given."""
     if state:                                                  # its weights replace any others
         args = {**args, "body": {**args["body"]}}
         args["body"].pop("weights", None)
@@ -238,23 +238,26 @@ def train(args, world, folder, state=None):
                 "categories": [[c.name, bool(c.isthing), list(c.colour)]
                                for c in dataset.categories]})
 
-    def test(split, into, quiet=False):
-        return evaluate.evaluate(model, open_dataset(args, split), world, into,
-                                 short_side=args["crops"]["short_side"],
-                                 images=args["eval_images"], workers=args["workers"], quiet=quiet)
+    def test(split, into, seconds=0.0, quiet=False):
+        about = dict(seed=args["seed"], split=split, minutes=seconds / 60,
+                     steps=args["fit"]["steps"], batch=args["fit"]["batch"],
+                     command=" ".join(["python", *sys.argv]), hardware=world.hardware())
+        return evaluate.evaluate(model, open_dataset(args, split), world, into, about=about,
+                                 short_side=args["crops"]["short_side"], quiet=quiet,
+                                 images=args["eval_images"], workers=args["workers"])
 
     def held_out(step, seconds):
         if not args["eval_every"] or step % args["eval_every"] or step == args["fit"]["steps"]:
             return False
-        result = test("val", folder / "val", quiet=True)
+        result = test("val", folder / "val", seconds, quiet=True)
         if world.rank == 0:
             evaluate.add_to_curve(folder / "curve.csv", step, seconds, result)
         return True
 
-    fit(model, iter(loader), world, folder, save, state, held_out, **args["fit"])
+    seconds = fit(model, iter(loader), world, folder, save, state, held_out, **args["fit"])
     if world.rank == 0:
         runs.draw_curves(folder)
-    return test("test", folder)
+    return test("test", folder, seconds)
 
 
 def parse(argv):

@@ -57,10 +57,11 @@ class Confusion:
 
 
 @torch.no_grad()
-def evaluate(model, dataset, world, folder, *, short_side=0, images=0, workers=0, quiet=False):
+def evaluate(model, dataset, world, folder, *, short_side=0, images=0, workers=0, quiet=False,
+             about=None):
     """Predicts the first `images` images (0: all) of a data set at their native size -> metrics,
     the same on any number of processes. Writes metrics.json, predictions.png and the predictions in
-    COCO panoptic format into `folder`."""
+    COCO panoptic format into `folder`. `about` (seed, command, ...) is kept among the metrics."""
     model.eval()
     isthing = torch.tensor([c.isthing for c in dataset.categories])
     quality = PanopticQuality(isthing)
@@ -100,6 +101,8 @@ def evaluate(model, dataset, world, folder, *, short_side=0, images=0, workers=0
               "images_per_second": len(mine) * world.size / max(seconds, 1e-9)}
     if report is not None:
         result["instances"] = report.compute()
+    if about is not None:
+        result["run"] = about
     if world.rank == 0:
         readers.write_panoptic_json(folder / "predictions", annotations, dataset.categories,
                                     official)

@@ -129,8 +129,8 @@ RECIPES["adaptis", "street"] = dict(
              proposal_share=0.12, decay=0.0))
 
 # Section 7: Adam, rate 5e-5 for a pretrained body and 1e-4 for the rest, random crops, six points
-# an image, R = 280 pixels, T = 0.40, 260 epochs in batches of 8 with drops after 240 and 255, then 10
-# for the proposals. The head sees as much of a whole image as of a crop: `window` is the crop.
+# an image, R = 280 pixels, T = 0.40, 260 epochs in batches of 8 with drops after 240 and 255, then
+# 10 for the proposals. The head sees as much of a whole image as of a crop: `window` is the crop.
 # Choice: jitter 0.2, heads of three layers and 64 channels, objects of 100 pixels at least, up to
 # 200 points in a row that find nothing. `per_round` changes the speed, not the result.
 RECIPES["adaptis", "cityscapes"] = dict(
@@ -195,10 +195,10 @@ RECIPES["affinity", "street"] = dict(
                jitter=0.1),
     fit=dict(batch=4, steps=850, lr=0.04, warmup=50, drops=(0.6, 0.85)))
 
-# Section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps from
-# a third, relighting, weights of detection, semantic and panoptic loss, variant B, Lovasz losses.
-# Random crops and the standard box loss: the paper knows neither ISUS nor CABB. Choice: "a small
-# amount" of relighting is a jitter of 0.2 and a twentieth of the colour circle; clip 10.
+# Section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps
+# from a third, relighting, weights of detection, semantic and panoptic loss, variant B, Lovasz
+# losses. Random crops and the standard box loss: the paper knows neither ISUS nor CABB. Choice: "a
+# small amount" of relighting is a jitter of 0.2 and a twentieth of the colour circle; clip 10.
 RECIPES["affinity", "cityscapes"] = dict(
     body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=1),
     model=dict(semantic_loss="lovasz", mask_loss="lovasz", excitation=True),
@@ -218,8 +218,8 @@ RECIPES["affinity", "mapillary"] = dict(
     fit=dict(batch=8, steps=192000, lr=0.01, warmup=500, drops=(36 / 48, 44 / 48)))
 
 # Appendix B: whole images of shortest side 800, mirrored only, 200k steps, rate 0.02, drops after
-# 150k and 190k, variant C, cut-off 0.75; A.1: cross entropy unless otherwise stated. Choice: batches of
-# 16; the longest side is not limited to 1333.
+# 150k and 190k, variant C, cut-off 0.75; A.1: cross entropy unless otherwise stated. Choice:
+# batches of 16; the longest side is not limited to 1333.
 RECIPES["affinity", "coco"] = dict(
     body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=1),
     model=dict(score_threshold=0.75, semantic_loss="cross-entropy", mask_loss="lovasz",

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import platform
 import resource
 from contextlib import nullcontext
 from pathlib import Path
@@ -51,6 +52,14 @@ class World:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2 ** 30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+    def hardware(self):
+        """Device, number of processes and torch version, as text for a table."""
+        name = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        kind = "bf16" if self.bf16 else "float32"
+        return f"{self.size} x {name}, {kind}, torch {torch.__version__.split('+')[0]}"
 
     def share(self, value):
         """Rank 0's value, on every rank."""

@@ -29,13 +29,13 @@ def defaults(method, mode, fit):
     """Every setting of this method and this sampler -> {section: {name: default}}."""
     sampler = ibs.PairedCropSampler if mode == "paired" else isus.CropSampler
     crops = {"size": None, **options(sampler.__init__, GIVEN), "mode": mode}
-    fixed = {"begin", "resumed"}
+    fixed = {"begin", "held_out"}
     return {"body": options(seamless.resnet_fpn), "model": methods.options(method),
             "crops": crops, "fit": options(fit, fixed)}
 
 
 def parse_set(pairs):
-    """["fit.lr=2e-4", ...] -> {("fit", "lr"): 0.0002}; a value that is no Python literal is text."""
+    """["fit.lr=2e-4"] -> {("fit", "lr"): 0.0002}; a value that is no Python literal is text."""
     found = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -73,8 +73,8 @@ def resolve(dataset, method, fit, explicit, stored=None):
     """All settings of a run -> ({section: {name: value}}, {(section, name): where it comes from}).
 
     `fit` is train.py's function of that name; `explicit` {(section, name): value} is what the
-    command line says; `stored` are the settings of a checkpoint, which replace the recipe. Raises DataError
-    for a setting that does not exist, naming those that do."""
+    command line says; `stored` are the settings of a checkpoint, which replace the recipe. Raises
+    DataError for a setting that does not exist, naming those that do."""
     if stored is None and (method, dataset) not in RECIPES:
         known = ", ".join(sorted(d for m, d in RECIPES if m == method))
         raise DataError(f"there is no recipe for --method {method} on --dataset {dataset}; "

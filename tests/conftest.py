@@ -1,10 +1,10 @@
-"""`pytest --claims` prints one row for each claim of the papers: where it stands, which function and
-which test hold it, and the figure that shows it."""
+"""`pytest --claims` prints one row for each claim of the papers: where it stands, which function
+and which test hold it, and the figure that shows it."""
 import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--claims", action="store_true", help="print the claims of the papers and stop")
+    parser.addoption("--claims", action="store_true", help="print the papers' claims and stop")
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,75 @@
+"""Every method on the same data set, seed and splits, each by its own recipe: a table, a figure.
+
+    python -m lab.compare [--methods seamless maskrcnn ...] [--out DIR] [flags of train.py]
+"""
+import argparse
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from data import DataError
+from lab import methods, runs
+from lab.recipes import RECIPES
+
+matplotlib.use("Agg")
+COLUMNS = ("PQ", "PQ_th", "PQ_st", "SQ", "RQ", "PQ_dagger", "mIoU", "AP_mask", "AP_box")
+
+
+def row(result):
+    """The columns of the table from the metrics of a run; minutes of training and evaluation."""
+    values = {k: result[k]["AP"] if k.startswith("AP") else result[k] for k in COLUMNS}
+    return {**values, "minutes": result["run"]["minutes"]}
+
+
+def table(rows):
+    """rows {method: {column: number}} -> text."""
+    columns = list(next(iter(rows.values())))
+    lines = ["method      " + "".join(f"{c:>10}" for c in columns)]
+    for method, values in rows.items():
+        lines.append(f"{method:12s}" + "".join(f"{values[c]:10.1f}" for c in columns))
+    return "\n".join(lines)
+
+
+def draw(rows, title, path):
+    """Bars: a group for each metric, a bar for each method."""
+    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    x, width = np.arange(len(COLUMNS)), 0.8 / len(rows)
+    for i, (method, values) in enumerate(rows.items()):
+        place = x + (i - (len(rows) - 1) / 2) * width
+        bars = ax.bar(place, [values[c] for c in COLUMNS], width, label=method)
+        ax.bar_label(bars, fmt="%.0f", fontsize=8)
+    ax.set_xticks(x, COLUMNS)
+    ax.set_ylabel("percent")
+    ax.set_title(title)
+    ax.legend()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def main(argv=None):
+    import train
+    parser = argparse.ArgumentParser(description=__doc__, add_help=True,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(methods.METHODS))
+    parser.add_argument("--out", help="folder; default: the first free runs/DATASET-compare-N")
+    own, rest = parser.parse_known_args(argv)
+    flags = train.parse(rest)
+    dataset = flags.dataset or "street"
+    chosen = own.methods or [m for m in methods.METHODS if (m, dataset) in RECIPES]
+    folder = Path(own.out) if own.out else runs.new_folder(f"{dataset}-compare")
+    rows = {}
+    for method in chosen:
+        flags = train.parse([*rest, "--method", method, "--out", str(folder / method)])
+        rows[method] = row(train.run(flags))
+    print(table(rows))
+    runs.write_json(folder / "compare.json", rows)
+    draw(rows, f"{dataset}, seed {flags.seed or 0}, test split", folder / "compare.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as e:
+        raise SystemExit(f"lab.compare: {e}") from None
