@@ -1,0 +1,67 @@
+"""The toy worlds and their three splits. A split is a seed: no image is in two of them."""
+import importlib
+
+import torch
+from torch.utils.data import DataLoader
+
+from data import DataError, Sample
+
+SEEDS = {"train": 1, "val": 0, "test": 2}
+TOYS = {  # module, class, and how many images each split has by default
+    "street": ("lab.street", "StreetScenes", {"train": 800, "val": 50, "test": 50}),
+    "cells": ("lab.cells", "OverlappingCells", {"train": 10000, "val": 200, "test": 200}),
+    "parking": ("lab.parking", "Parking", {"train": 400, "val": 100, "test": 100}),
+}
+
+
+def world(name, split, images=0):
+    """The toy world `name`, its split "train", "val" or "test"; `images` 0: the default number.
+
+    Training images are drawn once and kept (`Drawn`)."""
+    if name not in TOYS or split not in SEEDS:
+        raise DataError(f"no toy world {name!r} with a split {split!r}: take one of "
+                        f"{', '.join(TOYS)} and one of {', '.join(SEEDS)}")
+    module, kind, counts = TOYS[name]
+    draw = getattr(importlib.import_module(module), kind)
+    dataset = draw(images or counts[split], seed=SEEDS[split])
+    return Drawn(dataset) if split == "train" else dataset
+
+
+class Drawn:
+    """A toy data set that caches its images as uint8: drawing one takes too long to repeat at every
+    step. Segments are kept as uint8 too, so an image may have 255 of them."""
+
+    def __init__(self, dataset):
+        self.dataset, self.categories, self.kept = dataset, dataset.categories, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def keep(self, i, sample):
+        image = (sample.image * 255).round().to(torch.uint8)
+        self.kept[i] = (image, sample.segments.to(torch.uint8), sample.categories, sample.crowd,
+                        sample.name)
+
+    def fill(self, processes=0):
+        """Draws all that is missing, with helper processes, so that loaders share the memory.
+
+        A generator of its own: otherwise a resumed run would draw other random numbers."""
+        missing = [i for i in range(len(self)) if i not in self.kept]
+        rest = torch.utils.data.Subset(self.dataset, missing)
+        loader = DataLoader(rest, batch_size=None, num_workers=processes if missing else 0,
+                            generator=torch.Generator())
+        for i, sample in zip(missing, loader):
+            self.keep(i, sample)
+
+    def parts(self, i):
+        if i not in self.kept:
+            self.keep(i, self.dataset[i])
+        return self.kept[i]
+
+    def labels(self, i):
+        _, segments, categories, crowd, _ = self.parts(i)
+        return segments.long(), categories, crowd
+
+    def __getitem__(self, i):
+        image, segments, *rest = self.parts(range(len(self))[i])
+        return Sample(image.float() / 255, segments.long(), *rest)
