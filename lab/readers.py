@@ -1,0 +1,302 @@
+"""Readers of Cityscapes, IDD, COCO panoptic and Mapillary Vistas; writers of COCO's panoptic
+format.
+
+Each reader is a sequence of Samples in the official layout of its data set. An empty or damaged
+folder ends in one sentence that says what is missing.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from data import Category, DataError, Sample, mask_boxes
+
+CITYSCAPES = """
+road 7 128 64 128, sidewalk 8 244 35 232, building 11 70 70 70, wall 12 102 102 156,
+fence 13 190 153 153, pole 17 153 153 153, traffic light 19 250 170 30, traffic sign 20 220 220 0,
+vegetation 21 107 142 35, terrain 22 152 251 152, sky 23 70 130 180, person 24 220 20 60,
+rider 25 255 0 0, car 26 0 0 142, truck 27 0 0 70, bus 28 0 60 100, train 31 0 80 100,
+motorcycle 32 0 0 230, bicycle 33 119 11 32"""
+IDD = """
+road 0 128 64 128, parking 1 250 170 160, sidewalk 2 244 35 232,
+non-drivable fallback 3 152 251 152, person 4 220 20 60, rider 5 255 0 0, motorcycle 6 0 0 230,
+bicycle 7 119 11 32, autorickshaw 8 255 204 54, car 9 0 0 142, truck 10 0 0 70, bus 11 0 60 100,
+vehicle fallback 12 136 143 153, curb 13 220 190 40, wall 14 102 102 156, fence 15 190 153 153,
+guard rail 16 180 165 180, billboard 17 174 64 67, traffic sign 18 220 220 0,
+traffic light 19 250 170 30, pole 20 153 153 153, obs-str-bar-fallback 21 169 187 214,
+building 22 70 70 70, bridge 23 150 100 100, vegetation 24 107 142 35, sky 25 70 130 180"""
+# Evaluated labels with id and colour; ids of things; ids that may occur; ending of label files.
+TABLES = {
+    "cityscapes": (CITYSCAPES, range(24, 34), range(34), "_gtFine_instanceIds.png"),
+    "idd": (IDD, range(4, 13), [*range(26), 255], "_gtFine_instancelevel3Ids.png"),
+}
+
+
+def read_file(path, mode=None):
+    """The pixels of an image file, converted to a PIL mode if one is given, as an array."""
+    try:
+        with Image.open(path) as image:
+            if mode and (image.mode.startswith("I;16") or image.mode in ("I", "F")):
+                raise DataError(f"{path} has pixels of mode {image.mode}, whose range is unknown: "
+                                "convert it to 8 bits a channel")
+            return np.array(ImageOps.exif_transpose(image).convert(mode) if mode else image)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: correct the path, or unpack the data set again"
+                        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"{path} is no readable image ({e}): copy it again from its source"
+                        ) from None
+
+
+def read_image(path):
+    """Any image file of 8 bits a channel -> float32 [3, H, W] in 0..1, RGB; DataError if it is none.
+
+    A camera's EXIF orientation is applied."""
+    return torch.from_numpy(read_file(path, "RGB")).permute(2, 0, 1).float() / 255
+
+
+class Folder:
+    """A data set on disk: `.files` lists (name, image, label or None), `.read(i)` returns a label's
+    ids and rows."""
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        name, image, label = self.files[i]
+        image = read_image(image)
+        segments, categories, crowd = self.labels(i)
+        if segments.shape != image.shape[1:]:
+            raise DataError(
+                f"{label} has height and width {tuple(segments.shape)} but {image} has "
+                f"{tuple(image.shape[1:])}: take label and image from the same archive"
+            )
+        return Sample(image, segments, categories, crowd, name)
+
+    def labels(self, i):
+        """(segments, categories, crowd) of image i without decoding the image; all void where there
+        is no label."""
+        if self.files[i][2] is None:
+            with Image.open(self.files[i][1]) as image:  # reads no more than its header
+                return (
+                    torch.zeros(image.size[::-1], dtype=torch.long),
+                    torch.zeros(0).long(),
+                    torch.zeros(0).bool(),
+                )
+        ids, rows = self.read(i)  # [H, W] and (id, category, crowd) each
+        number, found, seen = (
+            np.zeros(2**24, np.int64),
+            [],
+            {},
+        )  # the system hands out only pages we touch
+        for id, category, crowd in rows:
+            if (
+                self.categories[category].isthing or category not in seen
+            ):  # stuff: one segment of a category
+                found.append((category, crowd))
+            number[id] = (
+                len(found)
+                if self.categories[category].isthing
+                else seen.setdefault(category, len(found))
+            )
+        found = torch.tensor(found, dtype=torch.long).reshape(-1, 2)
+        return torch.from_numpy(number[ids]), found[:, 0].contiguous(), found[:, 1].bool()
+
+
+class Cityscapes(Folder):
+    """root/leftImg8bit/<split>/<city>/*_leftImg8bit.png with
+    root/gtFine/<split>/<city>/*_gtFine_instanceIds.png.
+
+    A label pixel is 1000 c + n for instance n of label c, or c alone: stuff, or a group of things
+    without separate labels, which becomes crowd. Labels that the benchmark does not evaluate are
+    void. `table="idd"` reads the Indian Driving Dataset, level 3 labels (17 stuff, 9 things), as
+    AutoNUE's public code writes them."""
+
+    def __init__(self, root, split, table="cityscapes"):
+        text, things, self.known, ending = TABLES[table]
+        rows = [row.rsplit(" ", 4) for row in text.replace(",\n", ", ").split(", ")]
+        self.category_ids = [int(row[1]) for row in rows]
+        self.categories = [
+            Category(name, int(id) in things, (int(r), int(g), int(b)))
+            for name, id, r, g, b in rows
+        ]
+        folder, self.files = Path(root, "leftImg8bit", split), []
+        for image in sorted(folder.glob("*/*_leftImg8bit.*")):
+            name = image.name.rsplit("_leftImg8bit", 1)[0]
+            label = Path(root, "gtFine", split, image.parent.name, name + ending)
+            if not label.exists() and split != "test":
+                how = " and run AutoNUE's createLabels.py --id-type level3Id --instance True"
+                raise DataError(f"{image} has no label {label}: unpack gtFine beside leftImg8bit"
+                                + (how if table == "idd" else ""))
+            if table == "idd":                                 # its names repeat in other folders
+                name = f"{image.parent.name}_{name}"
+            self.files.append((name, image, label if label.exists() else None))
+        if not self.files:
+            raise DataError(f"there are no images {folder}/*/*_leftImg8bit.*: the root must hold "
+                            "leftImg8bit and gtFine")
+
+    def read(self, i):
+        label, rows = self.files[i][2], []
+        ids = read_file(label)
+        for id in np.flatnonzero(np.bincount(ids.ravel())).tolist():      # np.unique would sort
+            official = id // 1000 if id >= 1000 else id
+            if official not in self.known:
+                raise DataError(f"{label} has the id {id}, which is no known label: take an "
+                                "instance map of this data set")
+            if official in self.category_ids:
+                category = self.category_ids.index(official)
+                rows.append((id, category, id < 1000 and self.categories[category].isthing))
+        return ids, rows
+
+
+class CocoPanoptic(Folder):
+    """Panoptic JSON with PNGs whose colour is the segment's id = R + 256 G + 256^2 B.
+
+    COCO and your own: root/annotations/panoptic_<split>.json, a folder of that name of PNGs, images
+    in root/<split>. Mapillary Vistas: root/<split>/v2.0/panoptic/panoptic_2020.json (or v1.2,
+    panoptic_2018.json), root/<split>/images. Categories are numbered in the JSON's order;
+    `.category_ids` and `.image_ids` (by name) keep official numbers.
+    """
+
+    def __init__(self, root, split):
+        root, self.files, self.infos, self.image_ids = Path(root), [], [], {}
+        paths = [
+            root / f"annotations/panoptic_{split}.json",
+            root / split / "v2.0/panoptic/panoptic_2020.json",
+            root / split / "v1.2/panoptic/panoptic_2018.json",
+            root / split / "panoptic/panoptic_2018.json",
+        ]
+        path = next((p for p in paths if p.exists()), None)
+        folder = next((f for f in (root / split / "images", root / split) if f.is_dir()), None)
+        if folder is None:
+            raise DataError(f"there is no folder {root / split} of images: the root must hold it, "
+                            f"and {paths[0]}")
+        if path is None and not split.startswith("test"):
+            raise DataError(f"{folder} has images but there is no {paths[0]}: unpack the panoptic "
+                            "annotations there")
+        others = sorted(root.glob("annotations/panoptic_*.json"))         # for a test set's categories
+        source = path or next(iter(others), None)
+        try:
+            content = json.loads(source.read_text()) if source else {"categories": []}
+            self.take(content, folder, path)
+        except ValueError as e:
+            raise DataError(f"{source} is no readable JSON ({e}): copy it again from the data set's "
+                            "archive") from None
+        except (KeyError, TypeError, AttributeError) as e:
+            raise DataError(f"{source} is no panoptic JSON of COCO's format ({type(e).__name__}: "
+                            f"{e}): copy it again from the data set's archive") from None
+
+    def take(self, content, folder, path):
+        """Keeps what the JSON says. KeyError or TypeError where it lacks what the format has."""
+        self.category_ids = [c["id"] for c in content["categories"]]
+        colours = [
+            c.get("color", (91 * k % 256, 53 * k % 256, 99))
+            for k, c in enumerate(content["categories"], 1)
+        ]
+        self.categories = [
+            Category(c["name"], bool(c["isthing"]), tuple(colour))
+            for c, colour in zip(content["categories"], colours)
+        ]
+        if path is None:
+            self.files = [
+                (p.stem, p, None) for p in sorted(folder.iterdir()) if p.suffix in (".jpg", ".png")
+            ]
+            return
+        images = {image["id"]: folder / image["file_name"] for image in content["images"]}
+        labels = path.with_suffix("")                          # COCO's place
+        if not labels.is_dir():
+            labels = path.parent                               # Mapillary's
+        for a in content["annotations"]:
+            image = images[a["image_id"]]
+            image = image if image.exists() else image.with_suffix(".jpg")
+            self.files.append((image.stem, image, labels / a["file_name"]))
+            self.infos.append(a["segments_info"])
+            self.image_ids[image.stem] = a["image_id"]
+
+    def read(self, i):
+        label, official = self.files[i][2], {id: k for k, id in enumerate(self.category_ids)}
+        ids = read_file(label, "RGB").astype(np.int64) @ [1, 256, 256**2]
+        strange = set(np.unique(ids).tolist()) - {0, *(s["id"] for s in self.infos[i])}
+        strange |= {s["category_id"] for s in self.infos[i]} - official.keys()
+        if strange:
+            raise DataError(
+                f"{label} and its JSON disagree on id {min(strange)}: take both from the same release"
+            )
+        return ids, [
+            (s["id"], official[s["category_id"]], bool(s.get("iscrowd"))) for s in self.infos[i]
+        ]
+
+
+def write_annotation(
+    folder, name, segments, categories, crowd=None, category_ids=None, image_id=None
+):
+    """Write folder/<name>.png and return its entry for the JSON, so that many processes can share
+    the images."""
+    segments, count = torch.as_tensor(segments).cpu().long(), len(categories)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    rgb = torch.stack([segments & 255, segments >> 8 & 255, segments >> 16], -1)
+    Image.fromarray(rgb.to(torch.uint8).numpy()).save(Path(folder, f"{name}.png"))
+    boxes, area = (
+        mask_boxes(segments, count).int(),
+        torch.bincount(segments.flatten(), minlength=count + 1).tolist(),
+    )
+    infos = [
+        {
+            "id": k,
+            "category_id": category_ids[int(c)] if category_ids else int(c),
+            "area": area[k],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "iscrowd": int(crowd is not None and crowd[k - 1]),
+        }
+        for k, (c, (x1, y1, x2, y2)) in enumerate(zip(categories, boxes.tolist()), 1)
+        if area[k]
+    ]
+    return {
+        "image_id": name if image_id is None else image_id,
+        "file_name": f"{name}.png",
+        "segments_info": infos,
+        "height": segments.shape[0],
+        "width": segments.shape[1],
+    }
+
+
+def write_panoptic_json(path, annotations, categories, category_ids=None):
+    """Write <path>.json around the entries that `write_annotation` returned."""
+    images = [
+        {"id": a["image_id"], **{k: a[k] for k in ("file_name", "height", "width")}}
+        for a in annotations
+    ]
+    rows = [
+        {
+            "id": category_ids[k] if category_ids else k,
+            "name": c.name,
+            "isthing": int(c.isthing),
+            "color": list(c.colour),
+        }
+        for k, c in enumerate(categories)
+    ]
+    Path(f"{path}.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": rows})
+    )
+
+
+def write_coco_panoptic(path, predictions, categories, category_ids=None, image_ids=None):
+    """Write predictions, rows of (name, segments, categories) or (..., crowd), as <path>.json and
+    PNGs in <path>/.
+
+    Evaluation servers want official numbers back: pass a data set's `.category_ids` and
+    `.image_ids`.
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    entries = [
+        write_annotation(
+            path, name, *rest, *[None] * (3 - len(rest)), category_ids, (image_ids or {}).get(name)
+        )
+        for name, *rest in predictions
+    ]
+    write_panoptic_json(path, entries, categories, category_ids)
