@@ -20,6 +20,7 @@ from PIL import Image
 import data
 import train
 from lab import methods, recipes, runs, settings, worlds
+from lab.bench.common import write_cityscapes
 from pq import PanopticQuality
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,25 +59,9 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def cityscapes(tmp_path):
     """Two street scenes in the official layout: 8-bit images, 16-bit instance ids."""
-    official = {"road": 7, "sidewalk": 8, "building": 11, "vegetation": 21, "sky": 23, "person": 24,
-                "car": 26, "truck": 27, "sign": 20}
     scenes = worlds.world("street", "test", 2)
     for split in ("train", "val"):
-        images, labels = (tmp_path / "city" / kind / split / "town"
-                          for kind in ("leftImg8bit", "gtFine"))
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for i in range(len(scenes)):
-            s = scenes[i]
-            ids = np.zeros(s.segments.shape, np.uint16)
-            for k, c in enumerate(s.categories.tolist(), 1):
-                category = scenes.categories[c]
-                number = official[category.name]
-                thing = category.isthing and category.name != "sign"
-                ids[s.segments.numpy() == k] = 1000 * number + k if thing else number
-            pixels = (s.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-            Image.fromarray(pixels).save(images / f"town_{i:06d}_000000_leftImg8bit.png")
-            Image.fromarray(ids).save(labels / f"town_{i:06d}_000000_gtFine_instanceIds.png")
+        write_cityscapes(tmp_path / "city", scenes, split)
     return tmp_path / "city"
 
 
@@ -449,13 +434,3 @@ def test_crops_of_a_pair_are_neighbours_in_the_batch(tmp_path):
         for a, b in zip(targets[::2], targets[1::2]):
             assert a.image_id != b.image_id
             assert a.categories[a.instance - 1] == b.categories[b.instance - 1]
-
-
-# --- What is learnt (slow) --------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_the_toy_street_is_learnt_in_minutes(tmp_path):
-    """`python train.py`: PQ 60 to 63 on val in three seeds before; far above colour's 19.5."""
-    call("--out", tmp_path / "run")
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["PQ"] > 57 and metrics["PQ_th"] > 28 and metrics["PQ_st"] > 79

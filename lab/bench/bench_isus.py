@@ -3,36 +3,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from isus import CropSampler, build_index
 from lab import readers, worlds
-from lab.bench.common import best
+from lab.bench.common import best, write_cityscapes
 from lab.street import StreetScenes
-
-OFFICIAL = {"road": 7, "sidewalk": 8, "building": 11, "vegetation": 21, "sky": 23, "person": 24,
-            "car": 26, "truck": 27, "sign": 20}                # Cityscapes' label ids
-
-
-def write_cityscapes(root, scenes):
-    """Writes toy scenes in the layout of Cityscapes: 8-bit images, 16-bit instance ids."""
-    for kind in ("leftImg8bit", "gtFine"):
-        Path(root, kind, "train", "town").mkdir(parents=True)
-    for i in range(len(scenes)):
-        sample = scenes[i]
-        ids = np.zeros(sample.segments.shape, np.uint16)
-        for k, c in enumerate(sample.categories.tolist(), 1):
-            name = scenes.categories[c].name
-            thing = name in ("person", "car", "truck")
-            number = 1000 * OFFICIAL[name] + k if thing else OFFICIAL[name]
-            ids[sample.segments.numpy() == k] = number
-        pixels = (sample.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        image, label = (Path(root, kind, "train", "town") for kind in ("leftImg8bit", "gtFine"))
-        Image.fromarray(pixels).save(image / f"town_{i}_leftImg8bit.png")
-        Image.fromarray(ids).save(label / f"town_{i}_gtFine_instanceIds.png")
-
 
 def speed(count=40):
     """Milliseconds of the index, of decoding, of a crop in each mode."""
