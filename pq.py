@@ -24,7 +24,8 @@ large predictions cover several things. `confusion_ratio` counts them (Figure 5)
     pytest tests/test_pq.py                                       the spec of this file
 
 Kirillov et al., "Panoptic Segmentation", CVPR 2019. Porzi et al., "Seamless Scene Segmentation",
-CVPR 2019. de Geus and Dubbelman, "Intra-Batch Supervision for Panoptic Segmentation", WACV 2023.
+CVPR 2019. de Geus and Dubbelman, "Intra-Batch Supervision for Panoptic Segmentation on
+High-Resolution Images", WACV 2023.
 """
 import argparse
 
@@ -50,9 +51,8 @@ def example():
 # --- Kirillov et al.: the plain definition ----------------------------------------------------
 
 def plain_pq(pred_segments, pred_categories, gt_segments, gt_categories, category):
-    """PQ of one category in one image without crowds, by its definition -> (IoU sum, TP, FP, FN).
-
-    A loop over all pairs of segments: slow, and the reference for everything below."""
+    """PQ of one category in one image without crowds, by its definition -> (IoU sum, TP, FP, FN):
+    a loop over all pairs of segments. Slow, and the reference for everything below."""
     predictions = [pred_segments == k for k, c in enumerate(pred_categories, 1) if c == category]
     truths = [gt_segments == k for k, c in enumerate(gt_categories, 1) if c == category]
     void, iou_sum, tp, fp, fn = gt_segments == 0, 0.0, 0, 0, 0
@@ -100,8 +100,7 @@ def joint_areas(pred_segments, gt_segments, P, G):
                          f"segments {list(gt_segments.shape)} must be maps [H, W] of one shape")
     check_segments("predicted", pred_segments, P)
     check_segments("ground truth", gt_segments, G)
-    gt = gt_segments.to(pred_segments.device).long()
-    index = torch.add(gt, pred_segments.long(), alpha=G + 1)                          # [H, W]
+    index = pred_segments.long() * (G + 1) + gt_segments.to(pred_segments.device)     # [H, W]
     return torch.bincount(index.flatten(), minlength=(P + 1) * (G + 1)).view(P + 1, G + 1).cpu()
 
 
@@ -225,7 +224,7 @@ class PanopticQuality:
 
 def mask_intersections(masks, segments, count, memory=2 ** 24):
     """Pixels that masks, bool [M, H, W], share with segments 1..count of a map [H, W] -> int64
-    [M, count], and the masks' areas [M]. At most `memory` pixels at a time."""
+    [M, count], and the masks' areas [M], on the CPU. At most `memory` pixels at a time."""
     masks, segments = masks.flatten(1), segments.flatten()
     joint = masks.new_zeros(len(masks), count + 1, dtype=torch.int64)
     step = max(1, memory // max(1, len(masks)))
@@ -233,7 +232,7 @@ def mask_intersections(masks, segments, count, memory=2 ** 24):
         m, pixel = masks[:, i:i + step].nonzero(as_tuple=True)
         index = m * (count + 1) + segments[i:i + step][pixel]
         joint += torch.bincount(index, minlength=joint.numel()).view_as(joint)
-    return joint[:, 1:], joint.sum(1)
+    return joint[:, 1:].cpu(), joint.sum(1).cpu()
 
 
 def check_masks(masks, categories, gt_segments, count):
@@ -257,8 +256,7 @@ def confusion_ratio(pred_segments, pred_categories, gt_segments, gt_categories, 
         pred_categories, gt_categories, gt_crowd, count=len(isthing))
     if pred_segments.ndim == 3:
         check_masks(pred_segments, pred_categories, gt_segments, count=len(gt_categories))
-        found = mask_intersections(pred_segments, gt_segments, len(gt_categories))
-        inter, pred_area = (v.cpu() for v in found)
+        inter, pred_area = mask_intersections(pred_segments, gt_segments, len(gt_categories))
         gt_area = torch.bincount(gt_segments.flatten(), minlength=len(gt_categories) + 1)[1:].cpu()
     else:
         joint = joint_areas(pred_segments, gt_segments, len(pred_categories), G=len(gt_categories))
@@ -285,8 +283,8 @@ def instance_pixels(masks, scores, categories, gt_segments, gt_categories, isthi
         raise ValueError(f"there are {len(masks)} masks but {len(scores)} scores")
     order = torch.argsort(torch.as_tensor(scores).cpu(), descending=True, stable=True)
     order = order[isthing[categories[order]]]
-    inter = mask_intersections(masks[order.to(masks.device)], gt_segments, len(gt_categories))[0]
-    inter = inter.cpu()                                                               # [M, G]
+    masks = masks[order.to(masks.device)]
+    inter, _ = mask_intersections(masks, gt_segments, len(gt_categories))             # [M, G]
     area = torch.bincount(gt_segments.flatten().cpu(), minlength=len(gt_categories) + 1)[1:]
     iou = inter / (inter.sum(1, keepdim=True) + area - inter).clamp(min=1)
     match = (iou > 0.5) & (categories[order][:, None] == gt_categories) & ~crowd
@@ -297,7 +295,7 @@ def instance_pixels(masks, scores, categories, gt_segments, gt_categories, isthi
 
 def demo(quick=False, full=False, device="cpu", out="figures"):
     """A sidewalk shrinks pixel by pixel: what PQ and PQ-dagger say; two cars taken for one."""
-    print("one thing found, one missed, one invented:", example())
+    print("one thing found, one missed, one invented: PQ {pq:.1f}".format(**example()))
     from lab.demo_pq import cliff
     cliff(steps=25 if quick else 961 if full else 241, out=out)
 
@@ -305,8 +303,8 @@ def demo(quick=False, full=False, device="cpu", out="figures"):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, text in (("--quick", "a coarse curve"), ("--full", "a finer curve")):
-        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--quick", action="store_true", help="a coarse curve")
+    parser.add_argument("--full", action="store_true", help="a finer curve")
     parser.add_argument("--device", default="cpu", help="unused: nothing here needs a GPU")
     parser.add_argument("--out", default="figures", help="folder of the figure")
     demo(**vars(parser.parse_args(argv)))
@@ -318,5 +316,5 @@ if __name__ == "__main__":
 # Exercises
 # 1. Let segments match at IoU >= 1/2. Which sentence of the docstring breaks, which test notices?
 # 2. Let each stuff segment without a partner add 1/2 to |M_c| of PQ-dagger. Which tests fail?
-# 3. In the demo give the two large cars the widths 60 and 40. PQ_th and Acc_th recover. Up to
-#    which T does `confusion_ratio` still see the error?
+# 3. In the demo give the two large cars the widths 60 and 40. PQ_th and Acc_th recover. Up to which
+#    T does `confusion_ratio` still see the error?
