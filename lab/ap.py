@@ -3,19 +3,19 @@
 For each category the detections of a whole data set are sorted by score. Each takes the free true
 object that it overlaps most, if the IoU reaches a threshold. The precision is averaged over recall
 0, 0.01, ..., 1, then over the thresholds 0.50, 0.55, ..., 0.95. tests/test_pq.py compares it with
-pycocotools' results on random cases, case by case.
+loops over the detections and, where pycocotools is installed, with its numbers.
 """
-
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import mask_boxes
 from pq import check_categories, mask_intersections
 
 COCO_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 AREAS = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}
-MAX_DETECTIONS = 100  # per image and category
+MAX_DETECTIONS = 100                                           # per image and category
 
 
 def intersections(masks, gt, count):
@@ -23,9 +23,10 @@ def intersections(masks, gt, count):
     or masks bool [count, H, W] that may overlap -> int64 [M, count], and the masks' areas [M]."""
     if gt.ndim == 2:
         return mask_intersections(masks, gt, count)
-    shared = [(masks & one).sum((1, 2)) for one in gt]
-    shared = torch.stack(shared, 1) if count else torch.zeros(len(masks), 0, device=masks.device)
-    return shared.long(), masks.sum((1, 2))
+    shared = torch.zeros(len(masks), count, dtype=torch.int64)
+    for k, one in enumerate(gt):
+        shared[:, k] = (masks & one).sum((1, 2)).cpu()
+    return shared, masks.sum((1, 2)).cpu()
 
 
 def boxes_of(gt, count):
@@ -49,16 +50,15 @@ class AveragePrecision:
     ignored too. Ground truth has the area of its mask, also for boxes, as in COCO. Precision is
     made monotone and read off at recall 0, .01, ..., 1. Categories without ground truth are left
     out. Equal scores keep the order of `update`, as in COCO; split over ranks, ties may come in
-    another order.
-    """
+    another order."""
 
     def __init__(self, num_categories, iou_thresholds=COCO_THRESHOLDS, kind="mask"):
         if kind not in ("mask", "box"):
             raise ValueError(f"kind must be 'mask' or 'box', not {kind!r}")
         self.num_categories, self.kind = num_categories, kind
-        self.thresholds = np.asarray(iou_thresholds, dtype=np.float64).reshape(-1)  # [T]
+        self.thresholds = np.asarray(iou_thresholds, dtype=np.float64).reshape(-1)    # [T]
         T, A = len(self.thresholds), len(AREAS)
-        self.positives = np.zeros((num_categories, A), dtype=np.int64)  # ground truth
+        self.positives = np.zeros((num_categories, A), dtype=np.int64)                # ground truth
         nothing = np.zeros((0, T, A), bool)
         self.parts = [(np.zeros(0), np.zeros(0, np.int64), nothing, nothing)]
 
@@ -66,17 +66,55 @@ class AveragePrecision:
     def update(self, pred, scores, categories, gt, gt_categories, gt_crowd=None, isthing=None):
         """One image. pred: masks bool [M, H, W] or boxes [M, 4] half open; scores, categories [M];
         gt: segments int64 [H, W] or masks bool [N, H, W]; gt_categories, gt_crowd [N]. With isthing
-        [C] stuff is left out on both sides. Choice: ground truth without a pixel does not exist; a
-        detection without one is an FP.
-        """
+        [C] stuff is left out on both sides.
+
+        Choice: ground truth without a pixel does not exist; a detection without one is an FP."""
         pred, gt = torch.as_tensor(pred), torch.as_tensor(gt)
         gt = gt.to(pred.device, torch.int64 if gt.ndim == 2 else torch.bool)
         categories, gt_categories, crowd = check_categories(
-            categories, gt_categories, gt_crowd, self.num_categories
-        )
+            categories, gt_categories, gt_crowd, count=self.num_categories)
         isthing = [True] * self.num_categories if isthing is None else isthing
         isthing = torch.as_tensor(isthing).bool().cpu()
         scores, N = torch.as_tensor(scores, dtype=torch.float64).cpu(), len(gt_categories)
+        self._check(pred, scores, categories, gt=gt, N=N)
+
+        # The best 100 of each category, by falling score; the sort is stable, as pycocotools' is.
+        order = torch.sort(scores, descending=True, stable=True).indices
+        order = order[isthing[categories[order]]]
+        same = categories[order][:, None] == categories[order]
+        order = order[same.tril(-1).sum(1) < MAX_DETECTIONS]   # its rank among its category
+        pred, scores, categories = pred[order.to(pred.device)], scores[order], categories[order]
+
+        if gt.ndim == 2:
+            gt_area = torch.bincount(gt.flatten(), minlength=N + 1)[1:].cpu()         # [N]
+        else:
+            gt_area = gt.sum((1, 2)).cpu()
+        if self.kind == "mask":
+            inter, pred_area = intersections(pred, gt, N)                             # [M, N], [M]
+            gt_size = gt_area
+        else:
+            pred, box = pred.double().cpu(), boxes_of(gt, N).cpu()
+            low = torch.maximum(pred[:, None, :2], box[:, :2])
+            high = torch.minimum(pred[:, None, 2:], box[:, 2:])
+            inter = (high - low).clamp(min=0).prod(2)
+            pred_area, gt_size = ((v[:, 2:] - v[:, :2]).prod(1) for v in (pred, box))
+        union = (pred_area[:, None] + gt_size - inter).double()
+        union = torch.where(crowd, pred_area.double()[:, None], union)
+        iou = (inter / union.clamp(min=1e-9)).masked_fill(categories[:, None] != gt_categories, -1)
+
+        exists = (gt_area > 0) & isthing[gt_categories]
+        iou, pred_area = iou[:, exists].numpy(), pred_area.numpy()                    # [M, N], [M]
+        gt_area, crowd = gt_area[exists].numpy(), crowd[exists].numpy()
+        low, high = np.array(list(AREAS.values())).T[:, :, None]                      # [A, 1] each
+        gt_ignored = crowd | (gt_area < low) | (gt_area > high)                       # [A, N]
+        np.add.at(self.positives, gt_categories[exists].numpy(), ~gt_ignored.T)
+        matched, onto_ignored = self._match(iou, gt_ignored, crowd)                   # [M, T, A]
+        outside = ((pred_area < low) | (pred_area > high)).T[:, None]                 # [M, 1, A]
+        ignored = onto_ignored | ~matched & outside
+        self.parts.append((scores.numpy(), categories.numpy(), matched, ignored))
+
+    def _check(self, pred, scores, categories, gt, N):
+        """ValueError, in one sentence, for what does not fit together."""
         if self.kind == "mask" and pred.dtype != torch.bool:
             raise ValueError(f"masks must be bool, not {pred.dtype}: compare their logits with 0")
         if scores.isnan().any():
@@ -86,71 +124,27 @@ class AveragePrecision:
                              f"{list(gt.shape)}: kind={self.kind!r} expects "
                              + ("[M, H, W]" if self.kind == "mask" else "[M, 4]"))
         if not len(pred) == len(scores) == len(categories):
-            raise ValueError(
-                f"{len(pred)} predictions have {len(scores)} scores and {len(categories)} categories"
-            )
+            raise ValueError(f"{len(pred)} predictions have {len(scores)} scores and "
+                             f"{len(categories)} categories")
         low, high = map(int, torch.aminmax(gt)) if gt.ndim == 2 else (0, len(gt))
         if low < 0 or high > N or gt.ndim == 3 and high < N:
-            raise ValueError(
-                f"ground truth segments go from {low} to {high}, but there are {N} categories"
-            )
-
-        # The best 100 of each category, by falling score; the sort is stable, as pycocotools' is.
-        order = torch.sort(scores, descending=True, stable=True).indices
-        order = order[isthing[categories[order]]]
-        same = categories[order][:, None] == categories[order]
-        rank = same.tril(-1).sum(1)                            # among its category
-        order = order[rank < MAX_DETECTIONS]
-        pred, scores, categories = pred[order.to(pred.device)], scores[order], categories[order]
-
-        gt_area = gt_size = (
-            torch.bincount(gt.flatten(), minlength=N + 1)[1:] if gt.ndim == 2 else gt.sum((1, 2))
-        )
-        if self.kind == "mask":
-            inter, pred_area = intersections(pred, gt, N)  # [M, N], [M]
-        else:
-            box, pred = boxes_of(gt, N), pred.double()
-            low = torch.maximum(pred[:, None, :2], box[:, :2])
-            high = torch.minimum(pred[:, None, 2:], box[:, 2:])
-            inter = (high - low).clamp(min=0).prod(2)          # [M, N]
-            pred_area, gt_size = ((v[:, 2:] - v[:, :2]).prod(1) for v in (pred, box))  # [M], [N]
-        union = pred_area[:, None] + gt_size - inter
-        union = torch.where(crowd.to(union.device), pred_area.double()[:, None], union.double())
-        iou = (inter / union.clamp(min=1e-9)).cpu()                                   # [M, N]
-        iou = iou.masked_fill(categories[:, None] != gt_categories, -1)
-        exists = (gt_area.cpu() > 0) & isthing[gt_categories]
-        iou, pred_area = iou[:, exists].numpy(), pred_area.cpu().numpy()  # [M, N], [M]
-        gt_area, crowd, gt_categories = (
-            v.cpu()[exists].numpy() for v in (gt_area, crowd, gt_categories)
-        )
-        low, high = np.array(list(AREAS.values())).T[:, :, None]  # [A, 1] each
-        gt_ignored = crowd | (gt_area < low) | (gt_area > high)  # [A, N]
-        np.add.at(self.positives, gt_categories, ~gt_ignored.T)
-        matched, onto_ignored = self._match(iou, gt_ignored, crowd)
-        outside = ((pred_area < low) | (pred_area > high)).T[:, None]  # [M, 1, A]
-        self.parts.append(
-            (scores.numpy(), categories.numpy(), matched, onto_ignored | ~matched & outside)
-        )
+            raise ValueError(f"ground truth segments go from {low} to {high}, but there are {N} "
+                             "categories")
 
     def _match(self, iou, gt_ignored, crowd):
         """Greedy matching, all thresholds and area ranges at once: bool [M, T, A] matched, and
-        matched to ignored."""
+        matched to ignored. A loop over detections, since each choice binds the next."""
         (M, N), T, A = iou.shape, len(self.thresholds), len(AREAS)
         matched, ignored = np.zeros((2, M, T, A), dtype=bool)
         free = np.ones((T, A, N), dtype=bool)
-        threshold = np.minimum(self.thresholds, 1 - 1e-10)[:, None, None]  # [T, 1, 1]
+        threshold = np.minimum(self.thresholds, 1 - 1e-10)[:, None, None]             # [T, 1, 1]
         t, a = np.ogrid[:T, :A]
-        for d in np.flatnonzero(
-            (iou >= threshold.min()).any(1)
-        ):  # sequential by nature: each choice binds the next
-            candidate = free & (iou[d] >= threshold)  # [T, A, N]
+        for d in np.flatnonzero((iou >= threshold.min()).any(1)):
+            candidate = free & (iou[d] >= threshold)                                  # [T, A, N]
             regular = candidate & ~gt_ignored
-            candidate = np.where(
-                regular.any(-1, keepdims=True), regular, candidate
-            )  # ignored ones come last
-            best = (
-                N - 1 - np.where(candidate, iou[d], -1)[..., ::-1].argmax(-1)
-            )  # of equals the last
+            candidate = np.where(regular.any(-1, keepdims=True), regular, candidate)  # ignored last
+            value = np.where(candidate, iou[d], -1)
+            best = N - 1 - value[..., ::-1].argmax(-1)                                # last of ties
             matched[d] = candidate.any(-1)
             ignored[d] = matched[d] & gt_ignored[a, best]
             free[t, a, best] &= ~matched[d] | crowd[best]
@@ -169,58 +163,45 @@ class AveragePrecision:
     def compute(self):
         """Percent, NaN where there is no ground truth: AP (mean over thresholds), AP50, AP75 (NaN
         if not asked for), AP_small, AP_medium, AP_large; per_threshold {threshold: AP},
-        per_category [AP of category 0, 1, ...].
-        """
+        per_category [AP of category 0, 1, ...]."""
         scores, categories, matched, ignored = (np.concatenate(v) for v in zip(*self.parts))
         recalls = torch.from_numpy(np.linspace(0, 1, 101))
-        ap = torch.full(
-            (self.num_categories, len(self.thresholds), len(AREAS)), torch.nan, dtype=torch.float64
-        )
+        shape = (self.num_categories, len(self.thresholds), len(AREAS))
+        ap = torch.full(shape, torch.nan, dtype=torch.float64)
         for c in np.flatnonzero(self.positives[:, 0] > 0):
-            own = np.flatnonzero(categories == c)
-            own = own[np.argsort(-scores[own], kind="stable")]
-            hit, counts = (
-                torch.from_numpy(v[own]).permute(1, 2, 0) for v in (matched, ~ignored)
-            )  # [T, A, n]
+            rows = np.flatnonzero(categories == c)
+            rows = rows[np.argsort(-scores[rows], kind="stable")]
+            hit = torch.from_numpy(matched[rows]).permute(1, 2, 0)                    # [T, A, n]
+            counts = torch.from_numpy(~ignored[rows]).permute(1, 2, 0)
             tp, fp = (hit & counts).double().cumsum(-1), (~hit & counts).double().cumsum(-1)
-            precision = (tp / (tp + fp + np.spacing(1))).flip(-1)
-            precision = torch.cummax(precision, -1).values.flip(-1) if len(own) else precision
-            precision = torch.nn.functional.pad(precision, (0, 1))  # 0 where recall ends
-            recall = (tp / torch.from_numpy(self.positives[c])[:, None]).contiguous()  # [T, A, n]
-            at = torch.searchsorted(
-                recall, recalls.expand(*recall.shape[:2], -1).contiguous()
-            )  # [T, A, 101]
-            value = 100 * precision.gather(-1, at).mean(-1)  # [T, A]
-            ap[c] = torch.where(torch.from_numpy(self.positives[c] > 0), value, torch.nan)
+            precision = tp / (tp + fp + np.spacing(1))
+            if len(rows):                                      # the best at this recall or beyond
+                precision = torch.cummax(precision.flip(-1), -1).values.flip(-1)
+            precision = F.pad(precision, (0, 1))               # 0 where recall ends
+            positives = torch.from_numpy(self.positives[c])
+            recall = (tp / positives[:, None]).contiguous()    # [T, A, n]
+            at = torch.searchsorted(recall, recalls.expand(*recall.shape[:2], -1).contiguous())
+            value = 100 * precision.gather(-1, at).mean(-1)                           # [T, A]
+            ap[c] = torch.where(positives > 0, value, torch.nan)
         result = {f"AP{suffix}": ap[..., i].nanmean().item() for i, suffix in enumerate(AREAS)}
-        result |= {
-            f"AP{t}": ap[:, np.isclose(100 * self.thresholds, t), 0].nanmean().item()
-            for t in (50, 75)
-        }
-        per_threshold = dict(zip(self.thresholds.tolist(), ap[..., 0].nanmean(0).tolist()))
-        return result | {
-            "per_threshold": per_threshold,
-            "per_category": ap[..., 0].nanmean(1).tolist(),
-        }
+        for percent in (50, 75):
+            chosen = np.isclose(100 * self.thresholds, percent)
+            result[f"AP{percent}"] = ap[:, chosen, 0].nanmean().item()
+        each = ap[..., 0].nanmean(0).tolist()
+        result["per_threshold"] = dict(zip(self.thresholds.tolist(), each))
+        result["per_category"] = ap[..., 0].nanmean(1).tolist()
+        return result
 
 
-def average_precision(
-    predictions,
-    ground_truths,
-    num_categories,
-    iou_thresholds=COCO_THRESHOLDS,
-    kind="mask",
-    isthing=None,
-):
+def average_precision(predictions, ground_truths, num_categories, **options):
     """AP of lists of images: predictions (masks or boxes, scores, categories), ground truths
     (segments or masks, categories[, crowd]); see `AveragePrecision.update` for shapes and
-    `AveragePrecision.compute` for the result.
-    """
+    `AveragePrecision.compute` for the result. options: iou_thresholds, kind, isthing."""
     if len(predictions) != len(ground_truths):
-        raise ValueError(
-            f"{len(predictions)} images have predictions but {len(ground_truths)} have ground truth"
-        )
-    metric = AveragePrecision(num_categories, iou_thresholds, kind)
+        raise ValueError(f"{len(predictions)} images have predictions but {len(ground_truths)} "
+                         "have ground truth")
+    isthing = options.pop("isthing", None)
+    metric = AveragePrecision(num_categories, **options)
     for prediction, truth in zip(predictions, ground_truths):
         metric.update(*prediction, *truth, isthing=isthing)
     return metric.compute()
