@@ -1,12 +1,13 @@
 r"""Instance scale-uniform sampling (ISUS): which crop should a network see next?
 
-The problem. Large images are trained on in crops. Where crops lie anywhere,
-- rare categories hardly occur in them: most pixels of a street are road, buildings and sky;
-- objects are of unequal size. A feature pyramid gives small objects to its fine levels and large
-  ones to its coarse levels. Most objects are small, so coarse levels learn from few examples.
+The problem. Networks learn large images from crops. Where crops lie anywhere, rare categories
+hardly occur in them: most pixels of a street are road, buildings and sky. And objects are of
+unequal size. A feature pyramid gives small objects to its fine levels and large ones to its coarse
+levels. Most objects are small, so the coarse levels learn from few examples.
 
 The idea. Class-uniform sampling (CUS) draws a category first. ISUS also draws one instance of it
-and one level of the pyramid, and resizes the image until that level serves that instance.
+and one level of the pyramid, and resizes the image until that level serves that instance. Stuff
+has no instances: its scale sigma is uniform in a range r_st, and so is every sigma of CUS.
 
     1 category, uniform   2 image with it,    3 instance and level,    4 crop where it is visible
                             shortest side s0    both uniform
@@ -16,12 +17,9 @@ and one level of the pyramid, and resizes the image until that level serves that
                             +------------+      resize by sigma              +-----+
                                                 within r_th
 
-Stuff has no instances: its sigma is uniform in a range r_st, and so is every sigma of CUS.
-
 The claim. ISUS "will have the effect of smoothing out the object scale distribution, providing
 more uniform supervision across all scales". With the loss of cabb_loss.py and a new architecture
 the paper reports +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best.
-It has no experiment on ISUS alone.
 
     python isus.py [--quick] [--full] [--device D] [--out DIR]    example, Figure 2, levels in crops
     pytest tests/test_isus.py                                     the spec of this file
@@ -39,6 +37,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data import (collate, colour_jitter, command_line, crop, mask_boxes, pyramid_level,
                   random_pixel)
 
+MODES = ("isus", "cus", "uniform", "full")
+
 
 def example():
     """A sign of 28x112 pixels, by hand. Its size is sqrt(28 * 112) = 56, which is level 1.
@@ -46,11 +46,11 @@ def example():
     Level 2 serves sizes of 112 to 224: sigma lies in 2..4. Level 4 serves 448 to 896: sigma lies in
     8..16, which r_th = (0.5, 4) clamps to 4. There the size is 224: level 3, one short of 4."""
     sign, generator = torch.tensor([0.0, 0, 28, 112]), torch.Generator().manual_seed(0)
-    assert pyramid_level(sign[None]).item() == 1
     second = scale_for_level(sign, 2, (0.5, 4.0), generator=generator)
     fourth = scale_for_level(sign, 4, (0.5, 4.0), generator=generator)
-    assert 2 < second < 4 and pyramid_level(second * sign[None]).item() == 2
-    assert fourth == 4 and pyramid_level(fourth * sign[None]).item() == 3
+    assert 2 < second < 4 and fourth == 4
+    levels = pyramid_level(torch.stack([sign, second * sign, fourth * sign])).tolist()
+    assert levels == [1, 2, 3]
     return second, fourth
 
 
@@ -66,10 +66,10 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
 
     A clamped sigma may miss the level. ValueError: the pyramid has no such level.
 
-    Choice: the paper asks for "a scaling factor", but a whole octave of them fits. The size is drawn
-    log-uniformly, without a thousandth of the octave, so that rounding cannot change the level.
-    Choice: level 1 serves all smaller sizes too and the last level all larger ones. One octave of
-    these is used. So a thing far below level 1 is enlarged even when level 1 is drawn."""
+    Choice: the paper asks for one factor, but a whole octave of them fits. The size is drawn log-
+    uniformly, without a thousandth of the octave: so rounding cannot change the level.
+    Choice: level 1 serves all smaller sizes too, and the last level all larger ones. Only one
+    octave of these is used. So a thing far below level 1 is enlarged even if level 1 is drawn."""
     if not 1 <= level <= levels:
         raise ValueError(f"level {level} does not exist: the pyramid has the levels 1 to {levels}")
     x1, y1, x2, y2 = torch.as_tensor(box).tolist()
@@ -84,17 +84,14 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
 class Index:
     """A table of all segments of a data set that have a pixel, in the order of images and segments.
 
-    One entry of these tensors describes one segment, and its place is called its row:
-        image     int64 [M]         number of its image
-        segment   int64 [M]         its number in that image, from 1
-        category  int64 [M]
-        crowd     bool [M]
-        box       float32 [M, 4]    x1 y1 x2 y2 in pixels of the unresized image
+    A row is the place of one segment in these tensors:
+        image, segment   int64 [M], the number of its image, and its own number in it, from 1
+        category, crowd  int64 [M], bool [M]
+        box              float32 [M, 4], x1 y1 x2 y2 in pixels of the image as it is
     `categories` lists those that occur outside of crowds; `image_count` counts all images.
 
-    Made by `build_index`, or from a table int64 [M, 8] with columns image, segment, category,
-    crowd, x1, y1, x2, y2. Loading processes share its memory: a tensor is one block that is only
-    read. ValueError: there is no segment outside of crowds."""
+    table int64 [M, 8]: columns image, segment, category, crowd, x1, y1, x2, y2; see `build_index`.
+    Loading processes share these tensors. ValueError: there is no segment outside of crowds."""
 
     def __init__(self, table, image_count):
         self.image, self.segment, self.category, crowd = table[:, :4].T.contiguous()
@@ -104,8 +101,7 @@ class Index:
                        for c in self.categories}
         if not self.categories:
             raise ValueError(f"none of the {image_count} labels has a segment that is no crowd: "
-                             "there is nothing to sample crops from; use the data set's training "
-                             "part, with its labels")
+                             "take the data set's training part, with its labels")
 
     def images_with(self, category):
         """Images with a segment of this category that is no crowd -> int64 [I], ascending."""
@@ -113,8 +109,8 @@ class Index:
 
     def rows(self, image, category=None):
         """Rows of an image; with a category: of its segments that are no crowd -> int64 [R]."""
-        first, end = torch.searchsorted(self.image, torch.tensor([image, image + 1])).tolist()
-        rows = torch.arange(first, end)
+        ends = torch.searchsorted(self.image, torch.tensor([image, image + 1]))
+        rows = torch.arange(*ends.tolist())
         if category is None:
             return rows
         return rows[(self.category[rows] == category) & ~self.crowd[rows]]
@@ -143,9 +139,6 @@ def build_index(dataset):
 
 # --- Steps 1 to 4 -----------------------------------------------------------------------------
 
-MODES = ("isus", "cus", "uniform", "full")
-
-
 def class_uniform_choice(index, generator):
     """Steps 1 and 2: a category, uniform among those that occur, and an image, uniform among those
     that contain it -> (category, image). Crowds do not count: they have no level and no loss."""
@@ -162,9 +155,7 @@ def window_start(pixel, length, window, generator):
     low, high = 0, max(0, length - window)
     if pixel is not None:
         low, high = max(0, pixel - window + 1), min(pixel, high)
-    if low == high:
-        return low
-    return low + int(torch.randint(high - low + 1, (), generator=generator))
+    return low + int(torch.randint(high - low + 1, (), generator=generator)) if low < high else low
 
 
 class CropSampler(IterableDataset):
@@ -176,52 +167,42 @@ class CropSampler(IterableDataset):
          "full"     the same without a window: whole images, padded to the largest of the batch
     size            (height, width) of a crop
     short_side      s0, the length of the shorter side before sigma; 0: as it is
-    scale           r_st: sigma of stuff, and of every image if the mode is not "isus"
+    scale           r_st: sigma of stuff, and in other modes than "isus" of all
     scale_things    r_th: the limits of sigma of things in mode "isus"
-    levels, canonical   the network's rule, see data.pyramid_level
-    flip, jitter, hue   probability of a mirror image; see data.colour_jitter
-    batch           crops of each batch that this process receives, of batch * world in all
-    start           number of the first batch; rank, world: which of how many processes this is
+    levels, canonical   the rule of data.pyramid_level
+    flip, jitter, hue   probability of a mirror image; the arguments of data.colour_jitter
+    batch           crops that this process receives; the whole batch has n = batch * world
+    start           the first batch; rank, world: which of how many processes this is
 
-    Crop k depends on (seed, k) alone. Batch b consists of the crops b n to (b + 1) n - 1 with
-    n = batch * world, and process `rank` receives every `world`-th of these. So a resumed run
-    continues exactly, and n crops are the same crops for any number of processes.
-    ValueError: a range, a size or a number that cannot be, or an index of another data set.
+    Crop k depends on (seed, k) alone. Batch b has the crops b n to (b + 1) n - 1, of which process
+    `rank` receives every `world`-th. So a resumed run continues exactly, and a batch of n is the
+    same for any number of processes. ValueError: a setting that cannot be.
 
     Deviation: in step 4 of the paper the crop shows "the selected class", also in ISUS. Here ISUS
-    crops at the chosen instance. Otherwise the instance for which sigma was computed is often
-    outside of the crop. So "isus" and "cus" differ in scale and in place.
-    Choice: sigma in r_st is uniform as in the paper, not log-uniform: in 0.5..2 two thirds of the
-    images grow.
+    crops at the chosen instance, otherwise that instance is often outside of the crop. So "isus"
+    and "cus" differ in scale and in place.
     Choice: the paper gives no ranges. 0.5..2 is the one of Porzi et al. 2019.
-    Choice: any pixel of the category may be the one to show. So CUS meets large segments more
-    often, and ISUS, which draws the instance first, does not.
+    Choice: the crop shows any pixel of the category. So CUS shows large segments more often.
     Choice: an image smaller than the crop lies at the upper left; the rest is void."""
 
     def __init__(self, dataset, index, *, size, mode="isus", short_side=0, scale=(0.5, 2.0),
                  scale_things=(0.5, 2.0), levels=4, canonical=224, flip=0.5, jitter=0.0, hue=0.0,
                  batch=1, seed=0, start=0, rank=0, world=1):
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        for name, (low, high) in (("scale", scale), ("scale_things", scale_things)):
-            if not 0 < low <= high < math.inf:
-                raise ValueError(f"{name} = ({low}, {high}) must be a range of positive factors, "
-                                 "the smaller first")
-        images = len(dataset) if index is None else index.image_count
-        window = mode == "full" or len(size) == 2 and min(size) >= 1
-        for fine, text in (
-                (window, f"size = {size} must be a height and a width of at least one pixel"),
-                (len(dataset), "the data set has no image to take crops from"),
-                (images == len(dataset), f"the index has {images} images, the data set "
-                                         f"{len(dataset)}: build it anew"),
-                (index or mode in ("uniform", "full"), f"mode {mode} needs build_index(dataset)"),
-                (short_side >= 0, f"short_side = {short_side} must be 0 or a number of pixels"),
-                (levels >= 1 and canonical > 0, "levels and canonical must be positive"),
-                (0 <= flip <= 1, f"flip = {flip} must be a probability"),
-                (batch >= 1 and start >= 0 and 0 <= rank < world,
-                 f"there is no batch {start} of {batch} crops for rank {rank} of {world}")):
+        for name, value, fine, rule in (
+                ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
+                ("size", size, mode == "full" or len(size) == 2 and min(size) >= 1,
+                 "a height and a width of at least one pixel"),
+                ("scale", scale, 0 < scale[0] <= scale[1] < math.inf, "(low, high), both positive"),
+                ("scale_things", scale_things, 0 < scale_things[0] <= scale_things[1] < math.inf,
+                 "(low, high), both positive"),
+                ("short_side", short_side, short_side >= 0, "0 or a number of pixels"),
+                ("batch", batch, batch >= 1, "at least 1"),
+                ("index", index, index or mode in MODES[2:], "given: isus.build_index(dataset)")):
             if not fine:
-                raise ValueError(text)
+                raise ValueError(f"{name} = {value} must be {rule}")
+        if not 0 < len(dataset) == (index.image_count if index else len(dataset)):
+            raise ValueError(f"the data set has {len(dataset)} images: there must be at least one, "
+                             "and as many in the index")
         self.dataset, self.index, self.mode, self.size = dataset, index, mode, size
         self.short_side, self.scale, self.scale_things = short_side, scale, scale_things
         self.levels, self.canonical = levels, canonical
@@ -230,42 +211,39 @@ class CropSampler(IterableDataset):
 
     def crop(self, k):
         """Crop number k -> (image [3, h, w], Target)."""
-        # A generator keeps 32 bits of its seed: hash seed and number, do not shift them together.
+        # A generator keeps 32 bits of its seed. So seed and number are hashed, not added.
         digest = hashlib.sha256(f"{self.seed} {k}".encode()).digest()
         g = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        category = rows = None
+        rows = level = None
         if self.mode in ("isus", "cus"):
             category, i = class_uniform_choice(self.index, g)                        # 1, 2
             rows = self.index.rows(i, category)
+            if self.mode == "isus" and self.dataset.categories[category].isthing:
+                rows = rows[torch.randint(len(rows), (), generator=g)][None]         # an instance
+                level = int(torch.randint(1, self.levels + 1, (), generator=g))      # and a level
         else:
             i = int(torch.randint(len(self.dataset), (), generator=g))
-        isus = self.mode == "isus" and self.dataset.categories[category].isthing
-        if isus:                                                                     # an instance
-            rows = rows[torch.randint(len(rows), (), generator=g)][None]
         sample = self.dataset[i]
-        native = sample.segments.shape
-        rescale = self.short_side / min(native) if self.short_side else 1.0          # 2
-        if isus:                                                                     # 3
-            level = int(torch.randint(1, self.levels + 1, (), generator=g))
+        native, (low, high) = sample.segments.shape, self.scale
+        rescale = self.short_side / min(native) if self.short_side else 1.0          # 2: s0
+        if level is None:                                                            # 3
+            sigma = low + (high - low) * torch.rand((), generator=g).item()
+        else:
             sigma = scale_for_level(self.index.box[rows[0]] * rescale, level, self.scale_things,
                                     generator=g, levels=self.levels, canonical=self.canonical)
-        else:
-            low, high = self.scale
-            sigma = low + (high - low) * torch.rand((), generator=g).item()
         size = tuple(max(1, round(n * rescale * sigma)) for n in native)
         mirror = torch.rand((), generator=g).item() < self.flip
-        window, y, x, instance = self.size, None, None, 0
-        if self.mode == "full":
-            window = size
-        elif rows is not None:                                                       # 4
+        y, x, instance = None, None, 0
+        if rows is not None:                                                         # 4
             box = torch.cat([self.index.box[rows, :2].amin(0), self.index.box[rows, 2:].amax(0)])
             y, x, instance = random_pixel(sample.segments, box, self.index.segment[rows],
                                           size=size, generator=g)
             x = size[1] - 1 - x if mirror else x
+        window = size if self.mode == "full" else tuple(self.size)
         top = window_start(y, size[0], window[0], generator=g)
         left = window_start(x, size[1], window[1], generator=g)
         boxes = self.index.boxes(i, len(sample.categories)) if self.index else None
-        image, target = crop(sample, top, left, tuple(window), size=size, flip=mirror, boxes=boxes,
+        image, target = crop(sample, top, left, window, size=size, flip=mirror, boxes=boxes,
                              image_id=i, instance=instance, scale=sigma)
         if self.jitter or self.hue:
             image = colour_jitter(image, g, self.jitter, hue=self.hue)
@@ -273,7 +251,7 @@ class CropSampler(IterableDataset):
 
     def batch(self, b):
         """This process's share of batch number b -> (images [batch, 3, h, w], Targets)."""
-        first = (b * self.count) * self.world + self.rank
+        first = b * self.count * self.world + self.rank
         return collate([self.crop(first + self.world * n) for n in range(self.count)])
 
     def __iter__(self):
@@ -284,8 +262,7 @@ class CropSampler(IterableDataset):
 
 
 def demo(quick=False, full=False, device="cpu", out="figures"):
-    """Figure 2 of the paper on toy streets, and the levels of all things in the crops of each mode.
-    Nothing is trained, so `device` is not used."""
+    """Figure 2 on toy streets, and the levels of all things in the crops of each mode."""
     print("sigma of a sign of 56 pixels for levels 2 and 4: {:.2f}, {:.2f}".format(*example()))
     from lab.demo_isus import compare_samplers
     scenes, crops = (12, 60) if quick else (300, 3000) if full else (60, 600)
@@ -296,9 +273,8 @@ if __name__ == "__main__":
     command_line(demo, __doc__, quick="fewer scenes and crops", full="five times as many")
 
 # Exercises
-# 1. Draw one size for each level in `scale_for_level`: the middle of its octave. Which test
-#    notices? Which sizes does the network never see now?
+# 1. Let `scale_for_level` take the middle of each octave. Which sizes are never seen now?
 # 2. Crop ISUS at the category, as the paper says: draw the instance for sigma only and keep all
-#    `rows` for step 4. How large is the chosen instance's share of crops now?
+#    `rows` for step 4. In how many crops is the chosen instance still visible?
 # 3. Let `crop` try five windows and keep the one whose visible things are spread over most levels.
 #    How many bits does the demo's table gain?
