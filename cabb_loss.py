@@ -129,8 +129,8 @@ def free_sides(gt_boxes, crop_size, truncated=None):
 
 # --- 2.4 Computational aspects ----------------------------------------------------------------
 # L_BB is a sum over x and y, and rho restricts each by itself. From here on all variables belong to
-# ONE dimension. A box is (delta, omega) in units of the anchor; its sides are delta -/+ omega/2. G|C
-# is [a, b].
+# ONE dimension. A box is (delta, omega) in units of the anchor; its sides are delta -/+ omega/2.
+# G|C is [a, b].
 #     no side free       Delta = Delta_G
 #     right side free    delta - omega/2 = a,  delta + omega/2 >= b        (O1)
 #     left side free     delta + omega/2 = b,  delta - omega/2 <= a        (O1), mirrored

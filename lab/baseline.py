@@ -1,5 +1,4 @@
 """Baselines: what colour alone achieves, and what the resolution of stride 4 costs."""
-
 import torch
 import torch.nn.functional as F
 
@@ -9,17 +8,12 @@ def components(labels):
     each component.
 
     Every pixel points at one of its component; roots of neighbours join and chains are cut short
-    until all agree.
-    """
+    until all agree."""
     index = torch.arange(labels.numel()).view(labels.shape)
     down, right = labels[1:] == labels[:-1], labels[:, 1:] == labels[:, :-1]
-    pairs = torch.cat(
-        [
-            torch.stack([index[1:][down], index[:-1][down]]),
-            torch.stack([index[:, 1:][right], index[:, :-1][right]]),
-        ],
-        1,
-    )  # [2, E]
+    vertical = torch.stack([index[1:][down], index[:-1][down]])
+    horizontal = torch.stack([index[:, 1:][right], index[:, :-1][right]])
+    pairs = torch.cat([vertical, horizontal], 1)               # [2, E]
     root = index.flatten()
     while (root[pairs[0]] != root[pairs[1]]).any():
         low, high = root[pairs].amin(0), root[pairs].amax(0)
@@ -32,36 +26,32 @@ def components(labels):
 class ColourBaseline:
     """What colour alone achieves: k-means on the colours of n images, each cluster the category of
     most of its pixels, each connected piece of a thing category with at least 20 pixels an
-    instance. A network should be far above it.
-    """
+    instance. A network should be far above it."""
 
     def __init__(self, dataset, n=20, clusters=64):
-        self.isthing, g = torch.tensor(
-            [c.isthing for c in dataset.categories]
-        ), torch.Generator().manual_seed(0)
-        colours, best = [], []
-        for sample in (dataset[i] for i in range(min(n, len(dataset)))):
-            pick = torch.nonzero(sample.segments.flatten())[:, 0]
-            pick = pick[torch.randint(len(pick), (2000,), generator=g)]
-            colours.append(sample.image.flatten(1)[:, pick].T)
-            best.append(sample.categories[sample.segments.flatten()[pick] - 1])
-        colours, votes = (
-            torch.cat(colours),
-            F.one_hot(torch.cat(best), len(self.isthing)).float(),
-        )  # [M, 3], [M, C]
+        self.isthing = torch.tensor([c.isthing for c in dataset.categories])
+        g = torch.Generator().manual_seed(0)
+        colours, categories = [], []
+        for i in range(min(n, len(dataset))):
+            sample = dataset[i]
+            segments = sample.segments.flatten()
+            pixels = torch.nonzero(segments)[:, 0]
+            pixels = pixels[torch.randint(len(pixels), (2000,), generator=g)]
+            colours.append(sample.image.flatten(1)[:, pixels].T)
+            categories.append(sample.categories[segments[pixels] - 1])
+        colours = torch.cat(colours)                           # [M, 3]
+        votes = F.one_hot(torch.cat(categories), len(self.isthing)).float()           # [M, C]
         self.centres = colours[torch.randperm(len(colours), generator=g)[:clusters]]
         for _ in range(15):
-            near = (
-                F.one_hot(torch.cdist(colours, self.centres).argmin(1), clusters).float().T
-            )  # [K, M]
-            self.centres = near @ colours / near.sum(1, keepdim=True).clamp(min=1)
-        self.best = (near @ votes).argmax(1)
+            nearest = torch.cdist(colours, self.centres).argmin(1)
+            member = F.one_hot(nearest, clusters).float().T    # [K, M]
+            self.centres = member @ colours / member.sum(1, keepdim=True).clamp(min=1)
+        self.best = (member @ votes).argmax(1)                 # the category of each cluster
 
     def predict(self, image):
         """image [3, H, W] -> (segments [H, W], categories [N])"""
-        best = self.best[torch.cdist(image.flatten(1).T, self.centres).argmin(1)].view(
-            image.shape[1:]
-        )
+        cluster = torch.cdist(image.flatten(1).T, self.centres).argmin(1)
+        best = self.best[cluster].view(image.shape[1:])
         pieces = torch.where(self.isthing[best], len(self.isthing) + components(best), best)
         _, first, area = torch.unique(pieces, return_inverse=True, return_counts=True)
         segments = ((area >= 20).cumsum(0) * (area >= 20))[first]
@@ -71,8 +61,8 @@ class ColourBaseline:
 
 
 def stride4_ceiling(sample, size):
-    """The ground truth squeezed through a stride-4 output of an input of `size` and back -> segments
-    [H, W]. No network that predicts at stride 4 can be expected to do better.
+    """The ground truth squeezed through a stride-4 output of an input of `size` and back ->
+    segments [H, W]. No network that predicts at stride 4 can be expected to do better.
 
     Shares of each segment in cells of 4x4 pixels, enlarged bilinearly; the largest share wins."""
     shape = sample.segments.shape

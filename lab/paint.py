@@ -1,106 +1,55 @@
-"""What the toy street is painted with: portable random numbers, flat shapes before a camera,
-figures.
+"""What the toy street is painted with: portable random numbers, and flat shapes before a camera.
 
 lab/street.py puts them together into scenes.
 """
-
 import numpy as np
 
 from data import Category
 
 STREET = [
-    Category(*c)
-    for c in [
-        ("road", False, (128, 64, 128)),
-        ("sidewalk", False, (244, 35, 232)),
-        ("building", False, (90, 90, 90)),
-        ("vegetation", False, (107, 142, 35)),
-        ("sky", False, (70, 130, 180)),
-        ("car", True, (0, 60, 200)),
-        ("truck", True, (0, 150, 150)),
-        ("person", True, (220, 20, 60)),
-        ("sign", True, (250, 200, 0)),
-    ]
+    Category("road", False, (128, 64, 128)),
+    Category("sidewalk", False, (244, 35, 232)),
+    Category("building", False, (90, 90, 90)),
+    Category("vegetation", False, (107, 142, 35)),
+    Category("sky", False, (70, 130, 180)),
+    Category("car", True, (0, 60, 200)),
+    Category("truck", True, (0, 150, 150)),
+    Category("person", True, (220, 20, 60)),
+    Category("sign", True, (250, 200, 0)),
 ]
 ROAD, SIDEWALK, BUILDING, VEGETATION, SKY, CAR, TRUCK, PERSON, SIGN = range(9)
-# how often; zenith, horizon and haze, light; metres at which haze takes half; are lamps lit
+
+# How often; zenith, horizon and haze, light; metres at which haze takes half; are lamps lit?
 WEATHER = [
-    (3, [(0.30, 0.50, 0.82), (0.80, 0.87, 0.93), (1.0, 0.98, 0.94)], 400, 0),  # day
-    (4, [(0.58, 0.62, 0.68), (0.78, 0.80, 0.82), (0.80, 0.83, 0.88)], 250, 0),  # overcast
-    (2, [(0.42, 0.52, 0.72), (0.98, 0.82, 0.60), (1.05, 0.86, 0.66)], 300, 0),  # evening sun
-    (2, [(0.13, 0.15, 0.32), (0.85, 0.52, 0.38), (0.52, 0.45, 0.52)], 290, 1),  # dusk
-    (2, [(0.70, 0.72, 0.74), (0.76, 0.77, 0.78), (0.82, 0.84, 0.86)], 45, 1),
-]  # fog
-PAINT = [
-    (0.82, 0.82, 0.84),
-    (0.55, 0.57, 0.60),
-    (0.33, 0.34, 0.37),
-    (0.10, 0.10, 0.12),
-    (0.70, 0.08, 0.08),
-    (0.10, 0.22, 0.52),
-    (0.78, 0.74, 0.64),
-    (0.12, 0.34, 0.20),
-    (0.85, 0.60, 0.10),
-]  # silver and greys first: the road is grey as well
-CLOTH = PAINT + [
-    (0.95, 0.95, 0.95),
-    (0.20, 0.45, 0.70),
-    (0.75, 0.30, 0.50),
-    (0.45, 0.30, 0.20),
-    (0.30, 0.50, 0.25),
-    (0.9, 0.4, 0.15),
+    (3, [(.30, .50, .82), (.80, .87, .93), (1.0, .98, .94)], 400, 0),    # day
+    (4, [(.58, .62, .68), (.78, .80, .82), (.80, .83, .88)], 250, 0),    # overcast
+    (2, [(.42, .52, .72), (.98, .82, .60), (1.05, .86, .66)], 300, 0),   # evening sun
+    (2, [(.13, .15, .32), (.85, .52, .38), (.52, .45, .52)], 290, 1),    # dusk
+    (2, [(.70, .72, .74), (.76, .77, .78), (.82, .84, .86)], 45, 1),     # fog
 ]
-SKIN = [(0.87, 0.68, 0.55), (0.75, 0.55, 0.42), (0.50, 0.34, 0.24), (0.35, 0.23, 0.16)]
-FACADE = [
-    (0.62, 0.50, 0.40),
-    (0.70, 0.66, 0.58),
-    (0.55, 0.30, 0.24),
-    (0.50, 0.52, 0.55),
-    (0.78, 0.72, 0.52),
-    (0.35, 0.36, 0.37),
-    (0.80, 0.84, 0.88),
-]
-RED, WHITE, BLACK, BLUE, GREEN = (
-    (0.8, 0.06, 0.08),
-    (0.93, 0.93, 0.9),
-    (0.1, 0.1, 0.1),
-    (0.08, 0.25, 0.65),
-    (0.10, 0.42, 0.22),
-)
-YELLOW, GLASS, RUBBER, STEEL, LAMP = (
-    (0.95, 0.78, 0.12),
-    (0.16, 0.20, 0.25),
-    (0.06, 0.06, 0.07),
-    (0.55, 0.56, 0.58),
-    (1.0, 0.95, 0.75),
-)
-# boxes in m, tail at 0: from, to, half width, y0, y1, slope, cab's paint?, windows?; length; wheels
-# at; r
+# Silver and greys first: the road is grey as well.
+PAINT = [(.82, .82, .84), (.55, .57, .60), (.33, .34, .37), (.10, .10, .12), (.70, .08, .08),
+         (.10, .22, .52), (.78, .74, .64), (.12, .34, .20), (.85, .60, .10)]
+CLOTH = PAINT + [(.95, .95, .95), (.20, .45, .70), (.75, .30, .50), (.45, .30, .20),
+                 (.30, .50, .25), (.9, .4, .15)]
+SKIN = [(.87, .68, .55), (.75, .55, .42), (.50, .34, .24), (.35, .23, .16)]
+FACADE = [(.62, .50, .40), (.70, .66, .58), (.55, .30, .24), (.50, .52, .55), (.78, .72, .52),
+          (.35, .36, .37), (.80, .84, .88)]
+RED, WHITE, BLACK = (.8, .06, .08), (.93, .93, .9), (.1, .1, .1)
+BLUE, GREEN, YELLOW = (.08, .25, .65), (.10, .42, .22), (.95, .78, .12)
+GLASS, RUBBER, STEEL, LAMP = (.16, .20, .25), (.06, .06, .07), (.55, .56, .58), (1., .95, .75)
+# Boxes in metres, the tail at 0: from, to, half width, y0, y1, slope, is it painted like the cab,
+# has it windows? Then the length, where the wheels are, their radius.
 BODIES = {
-    CAR: (
-        [(0, 4.2, 0.88, 0.22, 0.88, 0.05, 0, 0), (0, 3.2, 0.8, 0.88, 1.48, 0.6, 0, 1)],
-        4.2,
-        (0.85, 3.4),
-        0.34,
-    ),
-    TRUCK: (
-        [
-            (0, 6, 1.2, 0.6, 3.4, 0, 0, 0),
-            (6.1, 8, 1.2, 0.45, 1.5, 0, 1, 0),
-            (6.1, 8, 1.2, 1.5, 2.5, 0.15, 1, 1),
-        ],
-        8,
-        (1.0, 2.2, 7.1),
-        0.48,
-    ),
+    CAR: ([(0, 4.2, .88, .22, .88, .05, 0, 0), (0, 3.2, .8, .88, 1.48, .6, 0, 1)],
+          4.2, (.85, 3.4), .34),
+    TRUCK: ([(0, 6, 1.2, .6, 3.4, 0, 0, 0), (6.1, 8, 1.2, .45, 1.5, 0, 1, 0),
+             (6.1, 8, 1.2, 1.5, 2.5, .15, 1, 1)],
+            8, (1., 2.2, 7.1), .48),
 }
-SHADOW = {
-    CAR: (1.1, 4.3),
-    TRUCK: (1.5, 8.2),
-    PERSON: (0.4, 0.4),
-    SIGN: (0.3, 0.2),
-    VEGETATION: (1.6, 1.5),
-}  # half width, l
+# Half width and length of an object's shadow.
+SHADOW = {CAR: (1.1, 4.3), TRUCK: (1.5, 8.2), PERSON: (.4, .4), SIGN: (.3, .2),
+          VEGETATION: (1.6, 1.5)}
 
 
 def cell_and_fraction(v):
@@ -115,10 +64,11 @@ class Dice:
     def __init__(self, *key):
         self.raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw
 
-    def __call__(self, low=0.0, high=1.0):
-        return low + (high - low) * ((self.raw() >> 11) * 2.0**-53)
+    def __call__(self, low=0., high=1.):
+        return low + (high - low) * ((self.raw() >> 11) * 2.**-53)
 
     def pick(self, items):
+        """One of the items."""
         return items[int(self() * len(items))]
 
     def field(self, *shape):
@@ -142,221 +92,159 @@ class Painter:
     finely the scene is sampled.
 
     Choice: only + - * / and comparisons make the image, which IEEE rounds alike everywhere; no
-    sine, power or exp.
-    """
+    sine, power or exp."""
 
     def __init__(self, dice, h, w):
-        self.dice, self.h, self.w, self.id = dice, h, w, 0  # id: of what is being painted
+        self.dice, self.h, self.w = dice, h, w
+        self.id = 0                                            # of what is being painted
         self.rgb, self.ids = np.zeros((h, w, 3), np.float32), np.zeros((h, w), np.int64)
-        self.Y, self.X, self.focal = (np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / h, 0.9
-        self.cx, self.horizon, self.camera = (
-            w / h / 2 + dice(-0.3, 0.3),
-            dice(0.34, 0.48),
-            dice(1.4, 2.3),
-        )
+        self.Y, self.X, self.focal = (np.arange(h) + .5) / h, (np.arange(w) + .5) / h, .9
+        self.cx, self.horizon = w / h / 2 + dice(-.3, .3), dice(.34, .48)
+        self.camera = dice(1.4, 2.3)                           # its height in metres
         _, sky, self.reach, self.lit = dice.pick([row for row in WEATHER for _ in range(row[0])])
-        (self.zenith, self.haze, self.light), self.sun = np.float32(sky), dice.pick(
-            [-1, 1]
-        )  # sun: the bright side
+        self.zenith, self.haze, self.light = np.float32(sky)
+        self.sun = dice.pick([-1, 1])                          # which side is bright
 
     def air(self, colour, z):
         """A colour in this light, seen through z metres of haze."""
-        return self.haze + (np.float32(colour) * self.light - self.haze) * (
-            self.reach / (self.reach + z)
-        )
+        light = np.float32(colour) * self.light
+        return self.haze + (light - self.haze) * (self.reach / (self.reach + z))
+
+    def pixels(self, low, high, count):
+        """The pixels, of `count`, whose centres lie between two image coordinates -> (first, last
+        + 1)."""
+        return (min(max(int(np.ceil(v * self.h - .5)), 0), count) for v in (low, high))
 
     def paint(self, points, colour, disc=False):
-        """Paint a flat convex polygon with corners (x, y, z) in metres, or the ellipse in its
-        frame; None: a shadow."""
-        p = [
-            (self.cx + self.focal * x / z, self.horizon + self.focal * (self.camera - y) / z)
-            for x, y, z in points
-        ]
-        (x0, y0), (x1, y1) = map(min, zip(*p)), map(max, zip(*p))
-        j0, j1, i0, i1 = (
-            min(max(int(np.ceil(v * self.h - 0.5)), 0), n)  # pixels whose centres lie between
-            for v, n in ((x0, self.w), (x1, self.w), (y0, self.h), (y1, self.h))
-        )
+        """Paints a flat convex polygon with corners (x, y, z) in metres, or the ellipse in its
+        frame. Colour None: a shadow."""
+        corners = [(self.cx + self.focal * x / z,
+                    self.horizon + self.focal * (self.camera - y) / z) for x, y, z in points]
+        (x0, y0), (x1, y1) = map(min, zip(*corners)), map(max, zip(*corners))
+        (j0, j1), (i0, i1) = self.pixels(x0, x1, self.w), self.pixels(y0, y1, self.h)
         if i0 >= i1 or j0 >= j1:
             return
         y, x, rgb, mask = self.Y[i0:i1, None], self.X[j0:j1], self.rgb[i0:i1, j0:j1], True
         if disc:
             mask = ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2 <= 1
-        edges = [] if disc else list(zip(p, p[1:] + p[:1]))
-        turn = sum(
-            ax * by - bx * ay for (ax, ay), (bx, by) in edges
-        )  # the sign tells which way round they run
+        edges = [] if disc else list(zip(corners, corners[1:] + corners[:1]))
+        # The sign of the area tells which way round the corners run.
+        turn = sum(ax * by - bx * ay for (ax, ay), (bx, by) in edges)
         for (ax, ay), (bx, by) in edges:
             mask = mask & (turn * (bx - ax) * (y - ay) >= turn * (by - ay) * (x - ax))
         if colour is None:
-            rgb[mask] *= np.float32(0.62)
+            rgb[mask] *= np.float32(.62)
             return
-        if not (self.lit and colour in (LAMP, RED)):  # lamps shine in dusk and fog
+        if not (self.lit and colour in (LAMP, RED)):           # lamps shine in dusk and fog
             colour = self.air(colour, min(z for _, _, z in points))
-        light = 1.15 - 0.3 * (y - y0) / (y1 - y0)  # brighter above than below
+        light = 1.15 - .3 * (y - y0) / (y1 - y0)               # brighter above than below
         np.copyto(rgb, (light * colour).astype(np.float32)[:, None], where=mask[..., None])
         np.copyto(self.ids[i0:i1, j0:j1], self.id, where=mask)
 
-    def figure(self, x, z, rows, s=1.0):
-        """Paint rows of (colour, numbers) at (x, z): u v r is a disc, u v u v a rectangle, more a
-        polygon."""
+    def figure(self, x, z, rows, s=1.):
+        """Paints rows of (colour, numbers) at (x, z), s times as large: u v r is a disc, u v u v a
+        rectangle, more numbers a polygon."""
         for colour, *n in rows:
-            corners = (
-                [n[0] - n[2], n[1] - n[2], n[0] + n[2], n[1] + n[2]]
-                if len(n) == 3
-                else [n[0], n[1], n[2], n[1], n[2], n[3], n[0], n[3]] if len(n) == 4 else n
-            )
-            self.paint(
-                [(x + s * u, s * v, z) for u, v in zip(corners[::2], corners[1::2])],
-                colour,
-                len(n) == 3,
-            )
+            corners = n
+            if len(n) == 3:
+                corners = [n[0] - n[2], n[1] - n[2], n[0] + n[2], n[1] + n[2]]
+            elif len(n) == 4:
+                corners = [n[0], n[1], n[2], n[1], n[2], n[3], n[0], n[3]]
+            points = [(x + s * u, s * v, z) for u, v in zip(corners[::2], corners[1::2])]
+            self.paint(points, colour, len(n) == 3)
 
-    def box(self, x0, x1, y0, y1, z0, z1, lean, colour, windows):
-        """The faces of a box that a camera can see, with a roof `lean` metres smaller on each
-        end."""
-        a, b, c, d, m = x0 + lean / 3, x1 - lean / 3, z0 + lean, z1 - lean, y0 + 0.86 * (y1 - y0)
+    def box(self, x, y, z, *, lean, colour, windows):
+        """The faces of a box that a camera can see. x, y, z: from, to; the roof is `lean` metres
+        smaller at each end."""
+        (x0, x1), (y0, y1), (z0, z1) = x, y, z
+        a, b, c, d = x0 + lean / 3, x1 - lean / 3, z0 + lean, z1 - lean          # the roof
+        m = y0 + .86 * (y1 - y0)                               # where windows end
         if self.camera > y1:
-            self.paint([(a, y1, c), (b, y1, c), (b, y1, d), (a, y1, d)], [1.1 * v for v in colour])
-        if x0 > 0 or x1 < 0:
-            s, t, light = (
-                (x0, a, 0.66 + 0.34 * (self.sun < 0))
-                if x0 > 0
-                else (x1, b, 0.66 + 0.34 * (self.sun > 0))
-            )
-            self.paint(
-                [(s, y0, z0), (s, y0, z1), (t, y1, d), (t, y1, c)], [v * light for v in colour]
-            )
-            for k in (0.1, 0.54) if windows else ():  # two of them with a pillar between
-                u = [e + (f - e) * v for v in (k, k + 0.36) for e, f in ((z0, z1), (c, d))]
-                x = s + 0.86 * (t - s)
+            roof = [(a, y1, c), (b, y1, c), (b, y1, d), (a, y1, d)]
+            self.paint(roof, [1.1 * v for v in colour])
+        if x0 > 0 or x1 < 0:                                   # a flank: foot at s, top at t
+            if x0 > 0:
+                s, t, light = x0, a, .66 + .34 * (self.sun < 0)
+            else:
+                s, t, light = x1, b, .66 + .34 * (self.sun > 0)
+            flank = [(s, y0, z0), (s, y0, z1), (t, y1, d), (t, y1, c)]
+            self.paint(flank, [v * light for v in colour])
+            for k in (.1, .54) if windows else ():             # two, with a pillar between them
+                u = [e + (f - e) * v for v in (k, k + .36) for e, f in ((z0, z1), (c, d))]
+                x = s + .86 * (t - s)
                 self.paint([(s, y0, u[0]), (s, y0, u[2]), (x, m, u[3]), (x, m, u[1])], GLASS)
         self.paint([(x0, y0, z0), (x1, y0, z0), (b, y1, c), (a, y1, c)], colour)
         if windows:
-            self.paint(
-                [(x0 + 0.12, y0, z0), (x1 - 0.12, y0, z0), (b - 0.1, m, c), (a + 0.1, m, c)], GLASS
-            )
+            self.paint([(x0 + .12, y0, z0), (x1 - .12, y0, z0), (b - .1, m, c), (a + .1, m, c)],
+                       GLASS)
 
-    def vehicle(self, x, z, kind, colour, way):
+    def vehicle(self, x, z, category, *, colour, way):
         """A car or truck that shows its front (way 1) or rear (-1), and a flank if it is not
         straight ahead."""
-        (boxes, long, wheels, r), cab = BODIES[kind], self.dice.pick(PAINT)
-        half, y, tip = boxes[0][2], boxes[0][3], lambda t: z + (long - t if way > 0 else t)
-        self.figure(x, z + 0.4, [(RUBBER, k * half * 0.6, 0, k * half * 0.9, 0.6) for k in (-1, 1)])
-        for a, b, w, y0, y1, lean, other, windows in sorted(
-            boxes, key=lambda row: way * row[0]
-        ):  # far to near
-            near, far = sorted((tip(a), tip(b)))
-            self.box(x - w, x + w, y0, y1, near, far, lean, cab if other else colour, windows)
+        (boxes, long, wheels, r), cab = BODIES[category], self.dice.pick(PAINT)
+        half, y = boxes[0][2], boxes[0][3]
+
+        def place(metres):
+            return z + (long - metres if way > 0 else metres)
+
+        self.figure(x, z + .4, [(RUBBER, k * half * .6, 0, k * half * .9, .6) for k in (-1, 1)])
+        for a, b, w, y0, y1, lean, other, windows in sorted(boxes, key=lambda row: way * row[0]):
+            self.box((x - w, x + w), (y0, y1), sorted((place(a), place(b))), lean=lean,
+                     colour=cab if other else colour, windows=windows)           # far to near
         flank = x - half if x > 0 else x + half
-        for d in (tip(t) for t in wheels if flank * x > 0):  # round wheels look narrow at a slant
-            for k, c in ((r, RUBBER), (r / 2, STEEL)):
-                n = k * abs(flank) / d
-                self.paint([(flank - n, r - k, d), (flank + n, r + k, d)], c, disc=True)
-        self.figure(
-            x,
-            z - 0.01,
-            [(WHITE, -0.26, y + 0.12, 0.26, y + 0.24)]
-            + [
-                (LAMP if way > 0 else RED, k * (half - 0.4), y + 0.3, k * (half - 0.08), y + 0.5)
-                for k in (-1, 1)
-            ],
-        )
+        for d in (place(t) for t in wheels if flank * x > 0):
+            for k, paint in ((r, RUBBER), (r / 2, STEEL)):
+                n = k * abs(flank) / d                         # round wheels look narrow at a slant
+                self.paint([(flank - n, r - k, d), (flank + n, r + k, d)], paint, disc=True)
+        plate = [(WHITE, -.26, y + .12, .26, y + .24)]
+        lamp = LAMP if way > 0 else RED
+        lamps = [(lamp, k * (half - .4), y + .3, k * (half - .08), y + .5) for k in (-1, 1)]
+        self.figure(x, z - .01, plate + lamps)
 
     def person(self, x, z):
+        """An adult or, one in eight, a child, in the middle of a step."""
         d = self.dice
-        s, step, arm, dark = (
-            d(0.88, 1.06) if d() < 0.88 else d(0.6, 0.75),
-            d(-0.22, 0.22),
-            d(0.12, 0.4),
-            d(0.7, 1.0),
-        )
-        hair, skin, shirt, legs = (
-            d.pick(PAINT[2:4] + CLOTH[-3:]),
-            d.pick(SKIN),
-            d.pick(CLOTH),
-            d.pick(CLOTH),
-        )
-        self.figure(
-            x,
-            z,
-            [
-                (legs, 0, 0.85, 0.18, 0.85, step + 0.07, 0.05, step - 0.06, 0.05),
-                (RUBBER, step - 0.08, 0, step + 0.12, 0.08),
-                (legs, -0.18, 0.85, 0, 0.85, 0.07 - step, 0.05, -0.06 - step, 0.05),
-                (RUBBER, -0.08 - step, 0, 0.12 - step, 0.08),
-                *[
-                    (
-                        [dark * c for c in shirt],
-                        k * 0.16,
-                        1.43,
-                        k * 0.25,
-                        1.4,
-                        k * (arm + 0.06),
-                        0.88,
-                        k * (arm - 0.03),
-                        0.86,
-                    )
-                    for k in (-1, 1)
-                ],
-                (skin, -arm, 0.84, 0.06),
-                (skin, arm, 0.84, 0.06),
-                (shirt, -0.2, 1.45, 0.2, 1.45, 0.18, 0.82, -0.18, 0.82),
-                (hair, 0, 1.64, 0.15),
-                (skin, 0, 1.58, 0.12),
-            ],
-            s,
-        )
+        s = d(.88, 1.06) if d() < .88 else d(.6, .75)
+        step, arm, dark = d(-.22, .22), d(.12, .4), d(.7, 1.)
+        hair, skin = d.pick(PAINT[2:4] + CLOTH[-3:]), d.pick(SKIN)
+        shirt, legs = d.pick(CLOTH), d.pick(CLOTH)
+        sleeve = [dark * c for c in shirt]
+        arms = [(sleeve, k * .16, 1.43, k * .25, 1.4, k * (arm + .06), .88, k * (arm - .03), .86)
+                for k in (-1, 1)]
+        self.figure(x, z, [
+            (legs, 0, .85, .18, .85, step + .07, .05, step - .06, .05),
+            (RUBBER, step - .08, 0, step + .12, .08),
+            (legs, -.18, .85, 0, .85, .07 - step, .05, -.06 - step, .05),
+            (RUBBER, -.08 - step, 0, .12 - step, .08),
+            *arms,
+            (skin, -arm, .84, .06),
+            (skin, arm, .84, .06),
+            (shirt, -.2, 1.45, .2, 1.45, .18, .82, -.18, .82),
+            (hair, 0, 1.64, .15),
+            (skin, 0, 1.58, .12)], s=s)
 
     def sign(self, x, z):
+        """A round, triangular or rectangular traffic sign on its pole; lengths in radii of it."""
         d = self.dice
-        y, kind, w = (
-            d(4.6, 5.6),
-            d.pick([0, 1, 2, 2]),
-            d.pick([0.9, 0.9, 1.6]),
-        )  # in radii of the plate
-        a, b = d.pick(
-            [
-                [(RED, WHITE), (WHITE, BLUE), (WHITE, RED)],
-                [(RED, WHITE), (RED, YELLOW)],
-                [(WHITE, GREEN), (WHITE, BLUE), (BLACK, WHITE), (WHITE, YELLOW)],
-            ][kind]
-        )  # rim and face
-        self.figure(
-            x,
-            z,
-            [(STEEL, -0.14, 0, 0.14, y)]
-            + [
-                [(a, 0, y, 1.0), (b, 0, y, 0.72), (a, -0.45, y - 0.13, 0.45, y + 0.13)],
-                [
-                    (a, -1.15, y - 0.67, 1.15, y - 0.67, 0, y + 1.33),
-                    (b, -0.68, y - 0.4, 0.68, y - 0.4, 0, y + 0.8),
-                    (BLACK, -0.08, y - 0.3, 0.08, y + 0.35),
-                ],
-                [
-                    (a, -w, y - 0.85, w, y + 0.85),
-                    (b, -0.82 * w, y - 0.66, 0.82 * w, y + 0.66),
-                    (a, -0.5 * w, y + 0.15, 0.4 * w, y + 0.35),
-                    (a, -0.5 * w, y - 0.35, 0.5 * w, y - 0.15),
-                ],
-            ][kind],
-            d(0.38, 0.5),
-        )
+        y, shape, w = d(4.6, 5.6), d.pick([0, 1, 2, 2]), d.pick([.9, .9, 1.6])
+        pairs = [[(RED, WHITE), (WHITE, BLUE), (WHITE, RED)],
+                 [(RED, WHITE), (RED, YELLOW)],
+                 [(WHITE, GREEN), (WHITE, BLUE), (BLACK, WHITE), (WHITE, YELLOW)]]
+        rim, face = d.pick(pairs[shape])
+        plates = [
+            [(rim, 0, y, 1.), (face, 0, y, .72), (rim, -.45, y - .13, .45, y + .13)],
+            [(rim, -1.15, y - .67, 1.15, y - .67, 0, y + 1.33),
+             (face, -.68, y - .4, .68, y - .4, 0, y + .8), (BLACK, -.08, y - .3, .08, y + .35)],
+            [(rim, -w, y - .85, w, y + .85), (face, -.82 * w, y - .66, .82 * w, y + .66),
+             (rim, -.5 * w, y + .15, .4 * w, y + .35), (rim, -.5 * w, y - .35, .5 * w, y - .15)]]
+        pole = [(STEEL, -.14, 0, .14, y)]
+        self.figure(x, z, pole + plates[shape], s=d(.38, .5))
 
     def tree(self, x, z):
+        """A trunk and seven discs of leaves, brighter and brighter."""
         d = self.dice
-        tall, green = d(4.5, 8.0), (d(0.16, 0.34), d(0.34, 0.50), d(0.10, 0.22))
-        self.figure(
-            x,
-            z,
-            [((0.30, 0.23, 0.17), -0.14, 0, 0.14, 0.6 * tall)]
-            + [
-                (
-                    [(0.6 + 0.1 * k) * c for c in green],
-                    d(-1.0, 1.0),
-                    tall * d(0.55, 0.95),
-                    d(0.8, 1.4),
-                )
-                for k in range(7)
-            ],
-        )
+        tall, green = d(4.5, 8.), (d(.16, .34), d(.34, .50), d(.10, .22))
+        trunk = [((.30, .23, .17), -.14, 0, .14, .6 * tall)]
+        leaves = [([(.6 + .1 * k) * c for c in green], d(-1., 1.), tall * d(.55, .95), d(.8, 1.4))
+                  for k in range(7)]
+        self.figure(x, z, trunk + leaves)
