@@ -1,0 +1,198 @@
+"""Embeddings as queries, after Mask2Former (B. Cheng et al., "Masked-attention Mask Transformer for
+Universal Image Segmentation", CVPR 2022), one of the two networks that ibs.py is tried on.
+
+    N learned queries --> layer 1 --> layer 2 --> layer 3 --> embeddings [N, C], and the category of
+                             |           |           |        each, or "no object"
+    pyramid at stride       32          16           8
+
+A query is a vector that is learned. In each layer it reads the cells of one level of the pyramid,
+but only those inside the mask that it has after the layer before (masked attention).
+
+This is a small network, not the released one. Each difference is one `Deviation:` below.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from affinity_head import assign
+from lab.masks import cross_entropy, dice, segment_masks
+
+
+def sine(x):
+    """The places of the cells of x [B, C, h, w], C a multiple of 4 -> [1, C, h, w] for attention.
+
+    The first half of the channels are sines and cosines of f y, the second half of f x, with y and
+    x in 0..1 of this input and frequencies f = 2 pi 10000^(-4 i / C)."""
+    c, (h, w) = x.shape[1] // 4, x.shape[-2:]
+    frequency = 2 * math.pi * 10000 ** (-torch.arange(c, device=x.device) / c)
+    rows, columns = ((torch.arange(n, device=x.device) + 0.5) / n * frequency[:, None]
+                     for n in (h, w))                          # [c, h], [c, w]
+    down = [f(rows)[:, :, None].expand(c, h, w) for f in (torch.sin, torch.cos)]
+    across = [f(columns)[:, None].expand(c, h, w) for f in (torch.sin, torch.cos)]
+    return torch.cat(down + across)[None].to(x.dtype)
+
+
+class Queries(nn.Module):
+    """N queries that become embeddings, each with a category or "no object".
+
+    isthing: bool [categories]; c_in: channels of the pyramid; channels: C of the embeddings, a
+    multiple of `heads` and of 4. queries: N. layers, heads: of the attention.
+    no_object: weight of queries without a segment in the loss "class".
+    weights: of "class", "mask" (cross entropy) and "dice", in losses and in matching alike.
+    things_only: instance segmentation (section 6.4 of de Geus and Dubbelman): stuff is "no object".
+    outside: segments without a cell in the crop need a query too. Section 5.2 removes them, "which
+    the network could not make"; lab/outside.py makes such targets.
+
+    Weights 2, 5, 5 and 0.1 for "no object" are Mask2Former's.
+    Choice: of more segments than queries, those of the cheapest assignment are learnt.
+    Deviation: the released code has nine layers, here there are three.
+    Deviation: its features come from a deformable-attention decoder, here from a few convolutions
+    (FeatureEncoder).
+    Deviation: its losses and its matching see 12,544 points of each mask, here all known cells at
+    stride 4."""
+    strides = (32, 16, 8)  # of the layers in turn
+    coordinates = False    # of the feature encoder: queries have `sine`
+
+    def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1,
+                 weights=(2.0, 5.0, 5.0), outside=False, things_only=False):
+        super().__init__()
+        c = channels
+        weight = torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])])
+        self.register_buffer("isthing", isthing, persistent=False)
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.query, self.place = nn.Embedding(queries, c), nn.Embedding(queries, c)
+        self.level = nn.Embedding(len(self.strides), c)
+        self.inputs = nn.ModuleList(nn.Conv2d(c_in, c, 1) for _ in self.strides)
+        self.cross_attention, self.self_attention = (
+            nn.ModuleList(nn.MultiheadAttention(c, heads, batch_first=True) for _ in range(layers))
+            for _ in range(2))
+        self.feed_forward = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, 4 * c), nn.ReLU(), nn.Linear(4 * c, c))
+            for _ in range(layers))
+        self.norms = nn.ModuleList(nn.ModuleList(nn.LayerNorm(c) for _ in range(3))
+                                   for _ in range(layers))
+        self.last_norm, self.classifier = nn.LayerNorm(c), nn.Linear(c, len(isthing) + 1)
+        self.mask_head = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(),
+                                       nn.Linear(c, c))
+        self.weights, self.heads = weights, heads
+        self.outside, self.things_only = outside, things_only
+
+    # --- From pyramid and features to embeddings ------------------------------------------------
+
+    def answers(self, pyramid, features):
+        """-> after no layer, one layer, two, ...: class logits [B, N, categories + 1] and
+        embeddings [B, N, C]. The first pair is the same for all images.
+
+        Attention compares query + place with cell + sine, and reads cells without it."""
+        q, place = (table.weight.expand(len(features), -1, -1)
+                    for table in (self.query, self.place))
+        found = [self.answer(q)]
+        for i, (cross, own, feed, norms) in enumerate(zip(
+                self.cross_attention, self.self_attention, self.feed_forward, self.norms)):
+            k = i % len(self.strides)
+            x = self.inputs[k](pyramid[self.strides[k]]) + self.level.weight[k][:, None, None]
+            cells, keys = x.flatten(2).mT, (x + sine(x)).flatten(2).mT    # [B, hw, C]
+            hidden = self.hidden_cells(found[-1][1], features, x.shape[-2:])
+            hidden = hidden.repeat_interleave(self.heads, 0)              # [B heads, N, hw]
+            q = norms[0](q + cross(q + place, keys, cells, attn_mask=hidden, need_weights=False)[0])
+            q = norms[1](q + own(q + place, q + place, q, need_weights=False)[0])
+            q = norms[2](q + feed(q))
+            found.append(self.answer(q))
+        return found
+
+    def answer(self, q):
+        """Queries [B, N, C] -> class logits [B, N, categories + 1], embeddings [B, N, C]."""
+        q = self.last_norm(q)
+        return self.classifier(q).float(), self.mask_head(q).float()
+
+    @torch.no_grad()
+    def hidden_cells(self, embeddings, features, size):
+        """The cells of a level of `size` that a query must not read, bool [B, N, hw]: those outside
+        of its own mask. A query whose mask is empty there may read all: a softmax over no cell
+        is 0/0."""
+        logits = torch.einsum("bnc,bchw->bnhw", embeddings, features)
+        hidden = (F.interpolate(logits, size, mode="bilinear") < 0).flatten(2)
+        return hidden & ~hidden.all(2, keepdim=True)
+
+    def embed(self, pyramid, features):
+        """Inference on the first image -> embeddings [N, C], scores [N], categories [N] of the
+        queries whose best class is an object."""
+        logits, embeddings = self.answers(pyramid, features)[-1]
+        scores, categories = logits[0].softmax(1).max(1)
+        keep = categories < len(self.isthing)
+        return embeddings[0, keep], scores[keep], categories[keep]
+
+    # --- Losses ---------------------------------------------------------------------------------
+
+    def losses(self, pyramid, features, targets):
+        """-> losses "class", "mask", "dice", summed over `answers` (deep supervision); the matched
+        embeddings of each crop after the last layer, a list of [N_b, C]; which of them are things,
+        a list of bool [N_b].
+
+        Choice: intra-batch supervision gets the embeddings of the last layer, those of inference.
+        Deviation: the released code applies it after each of the nine layers, at sampled points."""
+        truth = [segment_masks(t, features.shape[-2:]) for t in targets]
+        total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
+        for logits, embeddings in self.answers(pyramid, features):
+            each, matched, is_thing = self.layer_losses(
+                logits, embeddings, features, targets=targets, truth=truth)
+            total = {name: total[name] + w * each[name] for name, w in zip(total, self.weights)}
+        return total, matched, is_thing
+
+    def layer_losses(self, logits, embeddings, features, targets, truth):
+        """The losses of one pair of `answers` without weights, matched embeddings, is_thing.
+
+        "class" is the cross entropy over all queries, weighted by `no_object`; "mask" and "dice"
+        are means over the segments of the batch.
+        Choice: a segment without a cell at stride 4 needs no query."""
+        categories, entropy, overlap, matched, is_thing = [], [], [], [], []
+        for b, (t, (masks, known)) in enumerate(zip(targets, truth)):
+            needed = ~t.crowd & (self.outside | masks.flatten(1).any(1))
+            if self.things_only:
+                needed = needed & self.isthing[t.categories]
+            rows = torch.where(needed)[0]
+            x = (embeddings[b] @ features[b].flatten(1)).unflatten(1, known.shape)       # [N, h, w]
+            segment, query = self.match(
+                logits[b], x, t.categories[rows], masks=masks[rows], known=known)
+            rows = rows[segment]
+            category = torch.full((len(x),), len(self.isthing), device=x.device)         # no object
+            category[query] = t.categories[rows]
+            categories.append(category)
+            entropy.append(cross_entropy(x[query], masks[rows], known))
+            overlap.append(dice(x[query], masks[rows], known))
+            matched.append(embeddings[b, query])
+            is_thing.append(self.isthing[t.categories[rows]])
+        n = max(sum(len(e) for e in entropy), 1)
+        losses = {"class": F.cross_entropy(logits.flatten(0, 1), torch.cat(categories),
+                                           self.class_weight),
+                  "mask": torch.cat(entropy).sum() / n, "dice": torch.cat(overlap).sum() / n}
+        return losses, matched, is_thing
+
+    @torch.no_grad()
+    def match(self, logits, x, categories, masks, known):
+        """The one-to-one assignment of G segments to N queries of the least total cost
+
+            -w_class p(category) + w_mask cross entropy + w_dice dice
+
+        logits [N, categories + 1], x [N, h, w] mask logits, categories [G], masks [G, h, w] ->
+        segments int64 [M] in ascending order and their queries [M], M = min(G, N)."""
+        with torch.autocast(x.device.type, enabled=False):     # sums over all cells
+            k, x = known.flatten(), x.flatten(1).float()
+            y, p = masks.flatten(1) * k, x.sigmoid() * k
+            # Of all pairs by matrix products, [N, G]: sums of log(1 + e^x) - x y, and of p y.
+            entropy = ((F.softplus(x) * k).sum(1)[:, None] - (x * k) @ y.T) / k.sum().clamp(min=1)
+            squares = (p * p).sum(1)[:, None] + (y * y).sum(1)
+            overlap = 1 - 2 * (p @ y.T) / squares.clamp(min=1e-3)
+        w_class, w_mask, w_dice = self.weights
+        cost = -w_class * logits.softmax(1)[:, categories] + w_mask * entropy + w_dice * overlap
+        # A network that has diverged has NaN costs. Its loss is NaN and tells so; matching goes on.
+        gain = -np.nan_to_num(cost.cpu().numpy().astype(float), nan=0.0, posinf=1e6, neginf=-1e6)
+        gain = gain - gain.min(initial=0) + 1                  # `assign` leaves out gains of 0
+        if len(categories) <= len(x):
+            query = torch.as_tensor(assign(gain.T), device=x.device)
+            return torch.arange(len(categories), device=x.device), query
+        segment, query = torch.as_tensor(assign(gain), device=x.device).sort()
+        return segment, query
