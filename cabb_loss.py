@@ -305,7 +305,7 @@ def demo(quick=False, full=False, device="cpu", out="figures"):
     """Detectors learn from crops by four losses: how large are their boxes on whole images?"""
     print("half of an object: standard loss {:.3f}, CABB {:.3f}".format(*example()))
     from lab.demo_cabb import detectors
-    seeds, steps = (1, 10) if quick else (10, 2000) if full else (3, 350)
+    seeds, steps = (1, 10) if quick else (10, 2000) if full else (3, 700)
     detectors(seeds, steps, device=device, out=out)
 
 
