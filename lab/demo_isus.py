@@ -24,6 +24,12 @@ def entropy(counts):
     return -(p * p.log2()).sum().item() + 0.0
 
 
+def spread(levels):
+    """The entropy of levels [crops, 4] and its standard error, from ten parts of the crops."""
+    parts = torch.tensor([entropy(part.sum(0)) for part in levels.chunk(10)])
+    return entropy(levels.sum(0)), parts.std().item() / len(parts) ** 0.5
+
+
 def size(boxes):
     """sqrt(w h) of boxes [N, 4] -> [N], in pixels."""
     return (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
@@ -94,11 +100,10 @@ def print_levels(arms):
           "for which crops were chosen,\nand of how many of these ISUS had to clamp sigma")
     for (limits, mode), crops in arms.items():
         levels = crops.levels()
-        parts = [entropy(part.sum(0)) for part in levels.chunk(10)]       # ten parts tell the error
-        error = torch.tensor(parts).std().item() / len(parts) ** 0.5
+        bits, error = spread(levels)
         line = (f"  scales {limits[0]:g} to {limits[1]:g}".ljust(20) + mode.ljust(8)
                 + percent(levels.sum(0) / levels.sum())
-                + f"   {entropy(levels.sum(0)):.2f} ± {error:.2f} bits")
+                + f"   {bits:.2f} ± {error:.2f} bits")
         if mode != "uniform":
             chosen = torch.tensor([k for *_, k in crops.chosen()]).long().bincount(minlength=5)[1:]
             line += f"   chosen {percent(chosen / chosen.sum())}"
@@ -122,10 +127,11 @@ def print_tables(arms, names, cut, sizes):
     print(f"\nA crop of ISUS shows {things:.0f} things. One of them was chosen; the others are "
           "resized with it.")
     for low, high in RANGES:
-        isus, cus = (entropy(arms[(low, high), mode].levels().sum(0)) for mode in ("isus", "cus"))
-        verdict = "more uniform" if isus > cus else "no more uniform"
-        print(f"At scales {low:g} to {high:g} the levels of all things are {verdict} with ISUS "
-              f"({isus:.2f} bits) than with CUS ({cus:.2f}).")
+        (isus, a), (cus, b) = (spread(arms[(low, high), m].levels()) for m in ("isus", "cus"))
+        gain, error = isus - cus, (a * a + b * b) ** 0.5
+        verdict = "more" if gain > 2 * error else "less" if gain < -2 * error else "equally"
+        print(f"At scales {low:g} to {high:g} the levels of all things are {verdict} uniform with "
+              f"ISUS as against CUS: {gain:+.2f} ± {error:.2f} bits.")
 
 
 def draw_figure(arms, cut, sizes, categories, path):
