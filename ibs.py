@@ -315,8 +315,8 @@ def demo(quick=False, full=False, device="cpu", out="figures"):
     """Figure 5 and Table 3 in small: five networks of kernels learn from equally many pixels."""
     print("two crops, two logits, loss {:.4f}\n".format(example()))
     from lab.demo_ibs import compare
-    images, steps = (4, 6) if quick else (60, 6400) if full else (60, 640)
-    compare(images, steps, device=device, out=out)
+    steps, training, unseen = (6, 20, 4) if quick else (6400, 400, 60) if full else (640, 400, 60)
+    compare(steps, training, unseen, device=device, out=out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""The demo of ibs.py: Figure 5 and Table 3 of the paper in small, on parking lots (lab/parking.py).
+
+Five networks of kernels (lab/kernels.py) learn from equally many pixels: of whole images, of random
+crops or of paired crops, with intra-batch supervision (IBS) or without. They are measured on images
+of the test split, whole and cut to the size of a crop.
+"""
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import isus
+import seamless
+from data import crop
+from ibs import PairedCropSampler
+from lab import unified
+from lab.draw import pyplot, save
+from lab.worlds import world
+from pq import PanopticQuality, confusion_ratio
+
+# Choice: the crop is as large a share of the image as 640x1280 is of Cityscapes'.
+CROP, SCALE, BATCH = (80, 160), (0.8, 1.25), 6
+WEIGHT = 2.0                                                   # of IBS, chosen on the val split
+# Name: mode of the sampler, weight of IBS, and the paper's PQ_th, Acc_th, Prec_th (Table 3).
+ROWS = {"full images": ("full", 0.0, "29.8  73.8  80.8"),
+        "crops": ("uniform", 0.0, "31.8  74.7  77.9"),
+        "crops, IBS": ("uniform", WEIGHT, "32.9  76.3  82.5"),
+        "pairs": ("paired", 0.0, ""),
+        "pairs, IBS": ("paired", WEIGHT, "33.6  77.0  82.2")}
+THRESHOLDS = list(range(0, 100, 5))                            # T of Figure 5, in percent
+AT_25 = THRESHOLDS.index(25)
+# Parts of an image, by size: where they begin (top, left).
+WINDOWS = {(80, 160): (24, 48), (128, 160): (0, 48), (80, 256): (24, 0), (128, 256): (0, 0)}
+
+
+# --- Training ---------------------------------------------------------------------------------
+
+def batches(scenes, index, mode, seed=0):
+    """An endless supply of batches: six crops, or in mode "full" two whole images."""
+    how = dict(size=CROP, scale=SCALE, seed=seed)
+    if mode == "paired":
+        return iter(PairedCropSampler(scenes, index, batch=BATCH, **how))
+    batch = 2 if mode == "full" else BATCH
+    return iter(isus.CropSampler(scenes, index, mode=mode, scale_things=SCALE, batch=batch, **how))
+
+
+def share_with_common_category(source, isthing, draws=100):
+    """In how many of `draws` batches do the first two crops show things of one category? Percent.
+    Only there is intra-batch supervision likely to meet a confusion."""
+    count = 0
+    for _ in range(draws):
+        first, second = (set(t.categories[isthing[t.categories]].tolist())
+                         for t in next(source)[1][:2])
+        count += bool(first & second)
+    return 100 * count / draws
+
+
+def learn(net, source, steps, rate=0.04):
+    """Trains by SGD -> seconds. The rate rises from a third in 50 steps and falls to a tenth after
+    65% and again after 90% of the steps."""
+    device, begin = net.isthing.device, time.time()
+    optimiser = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=1e-4, nesterov=True)
+    net.train()
+    for step in range(steps):
+        drops = (step >= 0.65 * steps) + (step >= 0.9 * steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, 1 / 3 + step / 75) * 0.1 ** drops
+        images, targets = next(source)
+        losses = net.losses(images.to(device), [t.to(device) for t in targets])
+        optimiser.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        optimiser.step()
+    net.eval()
+    return time.time() - begin
+
+
+def train(scenes, index, mode, weight, *, steps, seed=0, device="cpu"):
+    """A network of kernels that learnt from `scenes` -> (network, seconds).
+
+    Two whole images have fewer pixels than six crops, on average 32 for every 35: "full" gets more
+    steps."""
+    torch.manual_seed(seed)
+    body = seamless.resnet_fpn("tiny", 64)
+    net = unified.kernels([c.isthing for c in scenes.categories], body, canonical=28, channels=32,
+                          ibs_weight=weight, paired=mode == "paired").to(device)
+    steps = steps * 35 // 32 if mode == "full" else steps
+    return net, learn(net, batches(scenes, index, mode, seed=seed), steps)
+
+
+# --- Measuring --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def measure(net, images):
+    """images: pairs (image, Target) -> (what PanopticQuality says; percent of predicted things that
+    are confused, a tensor over THRESHOLDS; the same at T = 25 of the masks before they are merged;
+    for each image its `instances` on the CPU)."""
+    isthing, device = net.isthing.cpu(), net.isthing.device
+    quality, instances = PanopticQuality(isthing), []
+    confused, before = torch.zeros(2, len(THRESHOLDS)), torch.zeros(2, 1)        # confused, all
+    for image, t in images:
+        found = net.predict(image.to(device))
+        segments, truth = found.segments.cpu(), (t.segments, t.categories)
+        quality.update(segments, found.categories, *truth)
+        instances.append({k: v.cpu() for k, v in found.instances.items()})
+        confused += torch.stack(confusion_ratio(
+            segments, found.categories, *truth, isthing=isthing, thresholds=THRESHOLDS))
+        before += torch.stack(confusion_ratio(
+            instances[-1]["masks"], instances[-1]["categories"], *truth, isthing=isthing,
+            thresholds=[25]))
+    confused, before = (100 * v[0] / v[1].clamp(min=1) for v in (confused, before))
+    return quality.compute(), confused, before.item(), instances
+
+
+def compare(steps, train_images, test_images, *, device="cpu", out="figures"):
+    """Trains and measures the five networks, prints three tables and draws ibs.png into `out`."""
+    scenes, unseen = world("parking", "train", train_images), world("parking", "test", test_images)
+    index, isthing = isus.build_index(scenes), torch.tensor([c.isthing for c in scenes.categories])
+    for mode, text in (("uniform", "drawn at random"), ("paired", "drawn in pairs")):
+        share = share_with_common_category(batches(scenes, index, mode), isthing)
+        print(f"two crops {text} show things of one category: {share:.0f}%")
+    unseen = [unseen[i] for i in range(len(unseen))]
+    parts = {size: [crop(s, *at, size) for s in unseen] for size, at in WINDOWS.items()}
+    curves, growth, instances = {}, {}, {}
+    print(f"\n{steps} steps, one seed, {len(unseen)} whole images of the test split\n"
+          "                                       confused at T = 25%          paper, Vistas\n"
+          "trained on     PQ  PQ_th  Acc_th  Prec_th   merged  before  seconds   "
+          "PQ_th Acc_th Prec_th")
+    for name, (mode, weight, paper) in ROWS.items():
+        net, seconds = train(scenes, index, mode, weight=weight, steps=steps, device=device)
+        found = {size: measure(net, images) for size, images in parts.items()}
+        growth[name] = [confused[AT_25].item() for _, confused, _, _ in found.values()]
+        quality, curves[name], before, instances[name] = found[128, 256]
+        print("{:11s} {PQ:5.1f}  {PQ_th:5.1f}   {Acc_th:5.1f}    {Prec_th:5.1f}".format(
+            name, **quality), end="")
+        print(f"   {growth[name][-1]:5.1f}%  {before:5.1f}%  {seconds:7.0f}   {paper}", flush=True)
+    print("\nconfused at T = 25% on parts of the same images; crops have 80x160\n" + " " * 12
+          + "".join(f"{h:6d}x{w}" for h, w in parts))
+    for name, values in growth.items():
+        print(f"{name:12s}" + "".join(f"{v:9.1f}%" for v in values))
+    draw_figure(unseen, isthing, instances, curves=curves, growth=growth, out=out)
+
+
+# --- The figure -------------------------------------------------------------------------------
+
+def best_mask(instances, truth):
+    """Of the masks that cover most of `truth` bool [H, W], the one of best score; None if no mask
+    does."""
+    covers = (instances["masks"] & truth).sum((1, 2)) > 0.5 * truth.sum()
+    rows = torch.where(covers)[0]
+    if not len(rows):
+        return None
+    return instances["masks"][rows[instances["scores"][rows].argmax()]]
+
+
+def most_confused(scenes, isthing, instances, count=3):
+    """The things whose masks cover more than a quarter of most others, at most one of an image ->
+    [(number of the scene, truth bool [H, W]), ...]."""
+    cases = []
+    for n, scene in enumerate(scenes):
+        area = torch.bincount(scene.segments.flatten(), minlength=len(scene.categories) + 1)[1:]
+        things = isthing[scene.categories]
+        for k in torch.where(things)[0].tolist():
+            truth = scene.segments == k + 1
+            mask = best_mask(instances[n], truth)
+            if mask is not None:
+                shared = torch.bincount(scene.segments[mask], minlength=len(area) + 1)[1:]
+                cases.append((int((things & (shared > 0.25 * area)).sum()), n, truth))
+    worst = {}
+    for _, n, truth in sorted(cases, key=lambda case: -case[0]):
+        worst.setdefault(n, truth)
+    return list(worst.items())[:count]
+
+
+def show_mask(ax, image, truth, mask):
+    """The image in grey with the mask in red and the truth outlined; "none found" without mask."""
+    image = image.mean(0, keepdim=True).expand(3, -1, -1) * 0.55 + 0.25
+    if mask is None:
+        ax.text(0.5, 0.5, "none found", transform=ax.transAxes, ha="center", va="center",
+                fontsize=12, color="white")
+    else:
+        red = torch.tensor([0.95, 0.1, 0.1])[:, None, None]
+        image = torch.where(mask, 0.35 * image + 0.65 * red, image)
+    ax.imshow(image.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+    ax.contour(truth, [0.5], colors="lime", linewidths=1.5)
+
+
+def draw_figure(scenes, isthing, instances, *, curves, growth, out):
+    """ibs.png: the masks that crops confuse most and what pairs with IBS make of them; Figure 5;
+    confusion on larger and larger parts of the images."""
+    figure = pyplot().figure(figsize=(13, 5), dpi=90, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[2.4, 1])
+    grid = left.subplots(3, 3)
+    titles = ("a vehicle", "its mask, trained on crops", "... on pairs, with IBS")
+    for ax, title in zip(grid[0], titles):
+        ax.set_title(title, fontsize=11)
+    for ax in grid.flat:
+        ax.set_axis_off()
+    for axes, (n, truth) in zip(grid, most_confused(scenes, isthing, instances["crops"])):
+        image = scenes[n].image
+        axes[0].imshow(image.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+        axes[0].contour(truth, [0.5], colors="white", linewidths=1.5)
+        for ax, name in zip(axes[1:], ("crops", "pairs, IBS")):
+            show_mask(ax, image, truth, mask=best_mask(instances[name][n], truth))
+    upper, lower = right.subplots(2)
+    styles = {"full images": ("black", "-"), "crops": ("tab:red", "-"),
+              "crops, IBS": ("tab:blue", "-"), "pairs": ("tab:red", "--"),
+              "pairs, IBS": ("tab:blue", "--")}
+    for name, (colour, style) in styles.items():
+        upper.plot(THRESHOLDS, curves[name], color=colour, ls=style, lw=2, label=name)
+        lower.plot([f"{h}x{w}" for h, w in WINDOWS], growth[name], color=colour, ls=style, lw=2,
+                   marker="o", ms=4)
+    upper.set(xlabel="T, % of a true thing that is covered", ylabel="confused, %", xlim=(0, 95),
+              ylim=(0, None))
+    lower.set(xlabel="size of the image; crops have 80x160", ylabel="confused at T = 25%, %",
+              ylim=(0, None))
+    upper.set_title("predictions that are confused (Figure 5)", fontsize=11)
+    upper.legend(fontsize=9)
+    for ax in (upper, lower):
+        ax.grid(alpha=0.3)
+    save(figure, Path(out, "ibs.png"))
