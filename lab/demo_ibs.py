@@ -12,8 +12,8 @@ from torch import nn
 
 import isus
 import seamless
-from data import crop
-from ibs import PairedCropSampler
+from data import Sample, collate, crop
+from ibs import MinimalNet, PairedCropSampler, mask_logits
 from lab import unified
 from lab.draw import pyplot, save
 from lab.worlds import world
@@ -32,6 +32,35 @@ THRESHOLDS = list(range(0, 100, 5))                            # T of Figure 5, 
 AT_25 = THRESHOLDS.index(25)
 # Parts of an image, by size: where they begin (top, left).
 WINDOWS = {(80, 160): (24, 48), (128, 160): (0, 48), (80, 256): (24, 0), (128, 256): (0, 0)}
+
+
+# --- The smallest case ------------------------------------------------------------------------
+
+def two_cars(weight, seed=0, steps=150):
+    """Two images of 32x32 pixels, a red square on the one, a blue one on the other. A MinimalNet
+    learns from both, with IBS of this weight -> percent of the blue square that the mask of the red
+    one covers, and the reverse; percent of itself that each mask covers."""
+    segments = torch.ones(32, 32, dtype=torch.int64)
+    segments[8:24, 8:24] = 2
+    crops = []
+    for i, colour in enumerate(([0.9, 0.2, 0.1], [0.1, 0.3, 0.9])):
+        image = torch.full((3, 32, 32), 0.5)
+        image[:, segments == 2] = torch.tensor(colour)[:, None]
+        sample = Sample(image, segments, torch.tensor([0, 1]), torch.zeros(2).bool(), "")
+        crops.append(crop(sample, 0, 0, (32, 32), image_id=i))
+    images, targets = collate(crops)
+    torch.manual_seed(seed)
+    net = MinimalNet([False, True], ibs_weight=weight)
+    optimiser = torch.optim.Adam(net.parameters(), 5e-3)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        sum(net.losses(images, targets).values()).backward()
+        optimiser.step()
+    with torch.no_grad():
+        embeddings, features = net(images, [t.boxes[1:] for t in targets])
+        masks = [[mask_logits(e, f)[0, 2:6, 2:6] > 0 for f in features] for e in embeddings]
+    share = [[100 * mask.float().mean().item() for mask in row] for row in masks]
+    return (share[0][1], share[1][0]), (share[0][0], share[1][1])
 
 
 # --- Training ---------------------------------------------------------------------------------
@@ -114,7 +143,11 @@ def measure(net, images):
 
 
 def compare(steps, train_images, test_images, *, device="cpu", out="figures"):
-    """Trains and measures the five networks, prints three tables and draws ibs.png into `out`."""
+    """Trains and measures the five networks, prints tables and draws ibs.png into `out`."""
+    for weight in (0.0, 1.0):
+        other, _ = two_cars(weight)
+        print("a red and a blue car, weight of IBS {}: their masks cover {:.0f}% and {:.0f}% of the "
+              "other car".format(weight, *other))
     scenes, unseen = world("parking", "train", train_images), world("parking", "test", test_images)
     index, isthing = isus.build_index(scenes), torch.tensor([c.isthing for c in scenes.categories])
     for mode, text in (("uniform", "drawn at random"), ("paired", "drawn in pairs")):
