@@ -32,7 +32,8 @@ def measure():
     """Milliseconds of both losses; they run in turns, for a ratio wants equal conditions."""
     torch.set_num_threads(2)
     device = Device()
-    deltas, truth, anchors = (v.to(device.device) for v in problem(torch.Generator().manual_seed(0)))
+    numbers = torch.Generator().manual_seed(0)
+    deltas, truth, anchors = (v.to(device.device) for v in problem(numbers))
     free = cabb_loss.free_sides(truth, CROP)
 
     def both_ways(loss):

@@ -1,4 +1,4 @@
-"""Crops of 512x1024 per second of one loading process, from 1024x2048 PNG files, and their sizes."""
+"""Crops of 512x1024 a second of one loading process, from 1024x2048 PNGs; and their sizes."""
 import tempfile
 import time
 from pathlib import Path
@@ -28,8 +28,8 @@ def speed(count=40):
             sampler = CropSampler(dataset, table, mode=mode, size=(512, 1024), short_side=1024,
                                   batch=1)
             seconds = best(lambda: [sampler.batch(k) for k in range(count)], 1) / count
-            print(f"{mode:28s} {1e3 * seconds:8.1f} ms a crop, {1 / seconds:.1f} crops a second and "
-                  f"core (bar: 8); {(image + label) / seconds:.0%} is reading")
+            print(f"{mode:28s} {1e3 * seconds:8.1f} ms a crop, {1 / seconds:.1f} crops a second "
+                  f"and core (bar: 8); {(image + label) / seconds:.0%} is reading")
             assert 1 / seconds >= 8
 
 
