@@ -1,5 +1,5 @@
-"""Embeddings as kernels, after Panoptic FCN (Y. Li et al., "Fully Convolutional Networks for Panoptic
-Segmentation", CVPR 2021), one of the two networks that ibs.py is tried on.
+"""Embeddings as kernels, after Panoptic FCN (Y. Li et al., "Fully Convolutional Networks for
+Panoptic Segmentation", CVPR 2021), one of the two networks that ibs.py is tried on.
 
     level of    .--> position head --> heat     [categories, h, w]    where is a segment?
     the pyramid                                                          | its cells
@@ -114,7 +114,7 @@ class Kernels(nn.Module):
             for _ in range(2))
         self.heat = nn.Conv2d(channels, len(isthing), 3, padding=1)
         self.kernel = nn.Conv2d(channels, channels, 1)
-        nn.init.constant_(self.heat.bias, -math.log(99))       # p = 0.01: nearly all cells are empty
+        nn.init.constant_(self.heat.bias, -math.log(99))       # p = 0.01: most cells are empty
         nn.init.normal_(self.kernel.weight, std=0.01)          # all masks begin near p = 1/2
         nn.init.zeros_(self.kernel.bias)
         self.register_buffer("isthing", isthing, persistent=False)
@@ -212,8 +212,8 @@ class Kernels(nn.Module):
             for x, kernel, level in zip(heat, kernels, truth):
                 weight, each = self.thing_kernels(
                     x, kernel, level, categories=target.categories[level.things])
-                logits = (each @ features[b].flatten(1)).unflatten(-1, known.shape)      # [n, k, h, w]
-                cost = mask_loss(logits, masks[level.things][:, None], known)
+                logits = (each @ features[b].flatten(1)).unflatten(-1, known.shape)
+                cost = mask_loss(logits, masks[level.things][:, None], known)        # [n, k]
                 mask.append((weight * cost).sum(1))
                 found.append((weight[..., None] * each).sum(1))
             things = sum(len(e) for e in found)
@@ -241,7 +241,7 @@ class Kernels(nn.Module):
         things = self.isthing[:, None, None]
         peaks, stuff_heat, cells = [], [], []
         for heat, kernel in self.maps(pyramid):
-            p, kernels = heat[0].sigmoid(), kernel[0].flatten(1).T        # [categories, h, w], [hw, C]
+            p, kernels = heat[0].sigmoid(), kernel[0].flatten(1).T        # [.., h, w], [hw, C]
             p = p * (p > self.score_threshold)
             top = (p > 0) & (p == F.max_pool2d(p[None], 3, 1, padding=1)[0]) & things
             category, cell = torch.where(top.flatten(1))
@@ -268,7 +268,7 @@ def fuse_kernels(kernels, scores, categories, similarity=0.9):
     kernels and the score of the first. A kernel that has joined another cannot absorb others."""
     unit = F.normalize(kernels, dim=1)
     alike = (unit @ unit.T > similarity) & (categories[:, None] == categories)
-    first = []                                                 # the first kernel of each one's object
+    first = []                                                 # of each one's object
     for i, row in enumerate(alike.tolist()):                   # one transfer: a GPU waits once
         first.append(next((j for j in range(i) if row[j] and first[j] == j), i))
     first = torch.tensor(first, dtype=torch.long, device=kernels.device)

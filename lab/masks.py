@@ -76,7 +76,7 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
         inside = torch.where(better, mask, inside)
     kept = torch.bincount(winner[inside], minlength=n)
     alive = (kept > 0) & (kept >= overlap * area)
-    numbers = {}                                               # of a thing's mask, of a stuff category
+    numbers = {}                                               # of each thing and stuff category
     number = torch.zeros(n + 1, dtype=torch.long, device=device)          # of mask k at k + 1
     for k, thing in zip(torch.where(alive)[0].tolist(), isthing[categories[alive]].tolist()):
         key = ("mask", k) if thing else ("stuff", int(categories[k]))

@@ -43,8 +43,6 @@ class Queries(nn.Module):
     no_object: weight of queries without a segment in the loss "class".
     weights: of "class", "mask" (cross entropy) and "dice", in losses and in matching alike.
     things_only: instance segmentation (section 6.4 of de Geus and Dubbelman): stuff is "no object".
-    outside: segments without a cell in the crop need a query too. Section 5.2 removes them, "which
-    the network could not make"; lab/outside.py makes such targets.
 
     Weights 2, 5, 5 and 0.1 for "no object" are Mask2Former's.
     Choice: of more segments than queries, those of the cheapest assignment are learnt.
@@ -55,9 +53,10 @@ class Queries(nn.Module):
     stride 4."""
     strides = (32, 16, 8)  # of the layers in turn
     coordinates = False    # of the feature encoder: queries have `sine`
+    outside = False        # do segments outside of the crop need a query? See lab/outside.py
 
     def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1,
-                 weights=(2.0, 5.0, 5.0), outside=False, things_only=False):
+                 weights=(2.0, 5.0, 5.0), things_only=False):
         super().__init__()
         c = channels
         weight = torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])])
@@ -77,8 +76,7 @@ class Queries(nn.Module):
         self.last_norm, self.classifier = nn.LayerNorm(c), nn.Linear(c, len(isthing) + 1)
         self.mask_head = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(),
                                        nn.Linear(c, c))
-        self.weights, self.heads = weights, heads
-        self.outside, self.things_only = outside, things_only
+        self.weights, self.heads, self.things_only = weights, heads, things_only
 
     # --- From pyramid and features to embeddings ------------------------------------------------
 
@@ -147,7 +145,8 @@ class Queries(nn.Module):
 
         "class" is the cross entropy over all queries, weighted by `no_object`; "mask" and "dice"
         are means over the segments of the batch.
-        Choice: a segment without a cell at stride 4 needs no query."""
+        Section 5.2: segments outside of the crop are removed, as they "required a prediction, which
+        the network could not make". Choice: also those inside that have no cell at stride 4."""
         categories, entropy, overlap, matched, is_thing = [], [], [], [], []
         for b, (t, (masks, known)) in enumerate(zip(targets, truth)):
             needed = ~t.crowd & (self.outside | masks.flatten(1).any(1))

@@ -1,5 +1,5 @@
-"""Unified panoptic segmentation, the kind of network that ibs.py is for (D. de Geus, G. Dubbelman,
-"Intra-Batch Supervision for Panoptic Segmentation on High-Resolution Images", WACV 2023, section 3.1).
+"""Unified panoptic segmentation, the kind of network that ibs.py is for: section 3.1 of D. de Geus,
+G. Dubbelman, "Intra-Batch Supervision for Panoptic Segmentation on High-Resolution Images".
 
     image --> body --> pyramid --> family ------------------> embeddings E [N, C], categories
                           '------> feature encoder ---------> features   F [C, H/4, W/4]
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Prediction
-from ibs import ibs_loss, pick_targets
+from ibs import ibs_loss, mask_logits, pick_targets
 from lab.kernels import Kernels, add_coordinates, conv
 from lab.masks import enlarge, merge
 from lab.queries import Queries
@@ -98,7 +98,7 @@ class UnifiedNet(nn.Module):
         pyramid = self.body(image[None])
         features = self.encoder(pyramid).float()
         embeddings, scores, categories = self.family.embed(pyramid, features)
-        logits = (embeddings @ features[0].flatten(1)).unflatten(1, features.shape[-2:])
+        logits = mask_logits(embeddings, features[0])
         merged = merge(logits, scores, categories, isthing=self.isthing, size=size,
                        score_threshold=self.score_threshold, overlap=self.overlap,
                        stuff_area=self.stuff_area * size[0] * size[1] / (1024 * 2048))

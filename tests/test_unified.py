@@ -1,0 +1,480 @@
+"""The spec of the two networks that ibs.py is tried on: lab/masks.py, kernels.py, queries.py and
+unified.py. Oracles are loops over cells, pixels, segments in float64, and all permutations."""
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import ibs
+import seamless
+from claims import claim
+from lab import unified
+from lab.kernels import Kernels, add_coordinates, fuse_kernels
+from lab.masks import cross_entropy, dice, merge, segment_masks
+from lab.queries import Queries, sine
+
+ISTHING = torch.tensor([False, True, True, False])             # stuff 0 and 3, things 1 and 2
+SIZE, CELLS, SIZES = (32, 64), (8, 16), [(4, 8), (2, 4), (1, 2)]  # stride 1; 4; 8, 16, 32
+
+
+def randn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def painted(*rectangles):
+    """Rectangles (category, top, left, bottom, right) on void; a sixth entry makes one a crowd."""
+    segments = torch.zeros(SIZE, dtype=torch.int64)
+    for k, (_, y0, x0, y1, x1, *_) in enumerate(rectangles):
+        segments[y0:y1, x0:x1] = k + 1
+    categories = torch.tensor([r[0] for r in rectangles], dtype=torch.int64)
+    crowd = torch.tensor([len(r) > 5 for r in rectangles], dtype=torch.bool)
+    sample = data.Sample(torch.zeros(3, *SIZE), segments, categories, crowd, "")
+    return data.crop(sample, 0, 0, SIZE)[1]
+
+
+TARGETS = {
+    "street": painted((0, 0, 0, 32, 64), (1, 8, 16, 24, 32), (3, 0, 48, 20, 64), (2, 16, 2, 30, 12),
+                      (0, 0, 0, 5, 5, "crowd"), (1, 2, 28, 14, 50)),
+    "void between": painted((0, 0, 0, 32, 26), (1, 8, 30, 26, 46), (2, 20, 0, 32, 14, "crowd")),
+    "nothing": painted(), "crowd": painted((1, 0, 0, 32, 64, "crowd")),
+    "stuff": painted((0, 0, 0, 32, 28), (3, 0, 28, 32, 64)),
+    "things": painted((1, 0, 0, 14, 64), (2, 14, 0, 32, 64)),
+    "one pixel": painted((1, 5, 5, 6, 6)), "a speck of stuff": painted((0, 0, 0, 1, 1))}
+STREET = TARGETS["street"]
+
+
+def close(a, b, rtol=2e-5, atol=2e-6):
+    a, b = (torch.as_tensor(v).detach().double() for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def same_gradients(a, b, leaves):
+    """Of two scalars, the second from an oracle."""
+    for x, y in zip(*(torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True)
+                      for v in (a, b))):
+        close(x, y, rtol=1e-4)
+
+
+# --- Masks --------------------------------------------------------------------------------------
+
+def truth_by_loop(target, size):
+    """At the centre of cell (i, j), by integers: pixel floor((i + 1/2) H / h)."""
+    (H, W), (h, w) = target.segments.shape, size
+    ids = [[int(target.segments[(2 * i + 1) * H // (2 * h), (2 * j + 1) * W // (2 * w)])
+            for j in range(w)] for i in range(h)]
+    known = torch.tensor([[float(k > 0 and not target.crowd[k - 1]) for k in row] for row in ids])
+    number = torch.arange(1, len(target.crowd) + 1)[:, None, None]
+    return (torch.tensor(ids) == number).double(), known.double()
+
+
+def dice_of(x, y, known):
+    p, y = x.double().sigmoid()[known > 0], y[known > 0]
+    return 1 - 2 * (p * y).sum() / ((p * p).sum() + (y * y).sum()).clamp(min=1e-9)
+
+
+def entropy_of(x, y, known):
+    p, y = x.double().sigmoid()[known > 0], y[known > 0]
+    return -(y * p.log() + (1 - y) * (1 - p).log()).sum() / max(len(y), 1)
+
+
+def test_the_truth_is_taken_at_the_centres_of_cells():
+    odd = replace(STREET, segments=(randn(0, 101, 127) * 99).long() % 6)
+    for target, stride in itertools.product((odd, *TARGETS.values()), (4, 16)):
+        cells = [-(-n // stride) for n in target.segments.shape]
+        for a, b in zip(segment_masks(target, cells), truth_by_loop(target, cells)):
+            assert torch.equal(a.double(), b)
+
+
+@pytest.mark.parametrize("function, oracle", [(dice, dice_of), (cross_entropy, entropy_of)])
+def test_losses_of_masks_are_their_formulas_over_the_known_cells(function, oracle):
+    """Each mask against each truth. Extreme logits and no known cell have finite gradients."""
+    x = (randn(0, 3, 1, 4, 5) * 2 - torch.tensor([0, 4, 0]).view(3, 1, 1, 1)).requires_grad_()
+    y, known = (randn(1, 2, 4, 5) > 1.5).float(), (randn(2, 4, 5) > -0.5).float()
+    found, nothing = function(x, y, known), function(100 * x, y, 0 * known)
+    want = torch.stack([torch.stack([oracle(v[0], m, known) for m in y]) for v in x])
+    close(found, want)
+    same_gradients(found.sum(), want.sum(), [x])
+    assert (nothing == (function is dice)).all()
+    for loss in (nothing, function(100 * x, y, known)):
+        assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+
+
+def merge_by_loop(logits, scores, categories, size, threshold, overlap, stuff_area):
+    """-> {(category, pixels): score}."""
+    p, parts = F.interpolate(logits[:, None].double(), size, mode="bilinear")[:, 0].sigmoid(), {}
+    able = torch.where(scores > threshold)[0].tolist()
+    value = p * (scores * (scores > threshold))[:, None, None]
+    for k in able:
+        mask = p[k] > 0.5
+        won, c = mask & (value.argmax(0) == k), int(categories[k])
+        if won.any() and won.sum() >= overlap * mask.sum():
+            pixels, best = parts.get((c, k * ISTHING[c].item()), (won, 0))
+            parts[c, k * ISTHING[c].item()] = pixels | won, max(best, scores[k].item())
+    return {(c, frozenset(map(tuple, torch.nonzero(pixels).tolist()))): best
+            for (c, _), (pixels, best) in parts.items() if ISTHING[c] or pixels.sum() >= stuff_area}
+
+
+def same_merge(segments, categories, scores, want):
+    found = {(c, frozenset(map(tuple, torch.nonzero(segments == k).tolist()))): s for k, (c, s)
+             in enumerate(zip(categories.tolist(), scores.tolist()), 1)}
+    assert set(segments.unique().tolist()) - {0} == set(range(1, len(categories) + 1))
+    assert len(found) == len(categories) and found == pytest.approx(want)
+
+
+def test_merging_is_the_loop_over_pixels():
+    for seed, size in itertools.product(range(4), (CELLS, (30, 41))):
+        logits = F.interpolate(randn(seed, 1, 9, 3, 4) * 6, CELLS, mode="bilinear")[0]
+        scores, categories = randn(seed, 9).sigmoid(), torch.arange(9) % 4
+        for how in ((0.3, 0.5, 9), (0.0, 0.2, 0), (0.5, 0.9, 30), (0.0, 0.0, 0)):
+            want = merge_by_loop(logits, scores, categories, size, *how)
+            same_merge(*merge(logits, scores, categories, ISTHING, size, *how), want)
+
+
+# --- Kernels ------------------------------------------------------------------------------------
+
+def pyramid_of(size=SIZE, batch=1):
+    return {s: randn(s, batch, 8, -(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)}
+
+
+def levels_by_loop(target, canonical):
+    """For each level {row: bump}, {row: region}, known."""
+    found, (H, W) = [], SIZE
+    for level, (h, w) in enumerate(SIZES):
+        (masks, known), bumps, regions = truth_by_loop(target, (h, w)), {}, {}
+        for n in torch.where(~target.crowd)[0].tolist():
+            x0, y0, x1, y1 = target.boxes[n].int().tolist()
+            root = math.sqrt((y1 - y0) * (x1 - x0))
+            if not ISTHING[target.categories[n]]:
+                regions[n] = masks[n]
+            elif level == (root >= canonical) + (root >= 2 * canonical):
+                i, j = (y0 + y1) * h // (2 * H), (x0 + x1) * w // (2 * W)
+                sy, sx = max(0.4, (y1 - y0) * h / H / 12), max(0.4, (x1 - x0) * w / W / 12)
+                bumps[n] = torch.tensor([[math.exp(-(((y - i) / sy) ** 2 + ((x - j) / sx) ** 2) / 2)
+                                          for x in range(w)] for y in range(h)]).double()
+        found.append((bumps, regions, known))
+    return found
+
+
+def position_by_loop(heat, target, levels):
+    total, count = 0.0, max(sum(len(bumps) for bumps, _, _ in levels), 1)
+    for (c, thing), (x, (bumps, regions, known)) in itertools.product(
+            enumerate(ISTHING), zip(heat, levels)):
+        maps = [m for n, m in (bumps | regions).items() if target.categories[n] == c]
+        y, p = torch.stack([known * 0, *maps]).amax(0), x[c].double().sigmoid()
+        loss = torch.where(y == 1, -(1 - p) ** 2 * p.log(),
+                           -(1 - y) ** 4 * p ** 2 * (1 - p).log() * known)
+        total = total + loss.sum() / (count if thing else 2 * known.numel())
+    return total
+
+
+def kernels_by_loop(kernels, heat, features, target, levels):
+    """What each segment costs, {row: embedding}; things first."""
+    (masks, known), costs, found = truth_by_loop(target, features.shape[-2:]), [], {}
+
+    def add(n, cells):                                         # (weight, kernel) of each
+        cells = [(w / sum(w for w, _ in cells), e) for w, e in cells]
+        x = [torch.einsum("c,chw->hw", e.double(), features.double()) for _, e in cells]
+        costs.append(sum(w * (dice_of(x, masks[n], known) + entropy_of(x, masks[n], known))
+                         for (w, _), x in zip(cells, x)))
+        found[n] = sum(w * e for w, e in cells)
+    for (bumps, _, _), h, m in zip(levels, heat, kernels):
+        for n, bump in bumps.items():
+            p = h[target.categories[n]].detach().double().sigmoid()
+            cells = [(p[i, j], m[:, i, j]) for i, j in torch.nonzero(bump > 0.1).tolist()]
+            add(n, sorted(cells, key=lambda cell: -cell[0])[:2])
+    for n in levels[0][1]:
+        cells = [m[:, i, j] for (_, regions, _), m in zip(levels, kernels)
+                 for i, j in torch.nonzero(regions[n]).tolist()]
+        if cells:
+            add(n, [(1, sum(cells) / len(cells))])
+    return costs, found
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("canonical", [12, 64])
+def test_losses_and_embeddings_of_kernels_are_those_of_the_loops(name, canonical):
+    """3 times the mean cost of all segments of the batch, 1 times the mean position loss of crops;
+    gradients: heat learns from positions, kernels and features from masks."""
+    heat = [(randn(20 + n, 2, 4, *s) * 2).requires_grad_() for n, s in enumerate(SIZES)]
+    maps = [randn(30 + n, 2, 24, *s).requires_grad_() for n, s in enumerate(SIZES)]
+    features = (randn(40, 2, 24, *CELLS) * 0.3).requires_grad_()
+    k, costs, position = Kernels(ISTHING, 8, 24, canonical, positions=2), [], 0
+    k.maps = lambda pyramid: list(zip(heat, maps))
+    losses, embeddings, is_thing = k.losses({}, features, [TARGETS[name], STREET])
+    for b, t in enumerate([TARGETS[name], STREET]):
+        levels, h = levels_by_loop(t, canonical), [h[b] for h in heat]
+        position = position + position_by_loop(h, t, levels) / 2
+        more, rows = kernels_by_loop([m[b] for m in maps], h, features[b], t, levels)
+        costs += more
+        assert is_thing[b].tolist() == ISTHING[t.categories[list(rows)]].tolist()
+        for e, row in itertools.zip_longest(embeddings[b], rows.values()):
+            close(e, row)
+    mask = 3 * sum(costs) / len(costs)
+    for found, want in ((losses["position"], position), (losses["mask"], mask)):
+        close(found, want)
+        same_gradients(found, want, [*heat, *maps, features])
+
+
+@pytest.mark.parametrize("family", [Kernels, Queries])
+@pytest.mark.parametrize("isthing", [[True] * 4, [False] * 4, ISTHING.tolist()])
+def test_degenerate_crops_and_worlds_have_finite_losses_and_gradients(family, isthing):
+    """Before, heat is 0.01 and masks are near 1/2; levels share their weights."""
+    torch.manual_seed(0)
+    net, pyramid = family(torch.tensor(isthing), 8, 16), pyramid_of()
+    if family is Kernels:
+        close(net.heat.bias.sigmoid(), torch.full((4,), 0.01))
+        assert not net.kernel.bias.any() and 0.005 < net.kernel.weight.std() < 0.015
+        first, *others = net.maps(dict.fromkeys((8, 16, 32), pyramid[8]))
+        assert all(torch.equal(a, b) for pair in others for a, b in zip(first, pair))
+    for target in TARGETS.values():
+        features = randn(1, 1, 16, *CELLS).requires_grad_()
+        losses, embeddings, _ = net.losses(pyramid, features, [target])
+        net.zero_grad()
+        sum(losses.values()).backward()
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        assert all(g.isfinite().all() for g in [features.grad, *grads])
+        assert losses["mask"] == 0 or len(embeddings[0])
+    assert all(v.isfinite().all() for v in net.embed(pyramid, features))
+
+
+@pytest.mark.parametrize("threshold, detections", [(0.3, 100), (0.6, 100), (0.3, 4), (0.999, 4)])
+def test_peaks_and_regions_of_inference_are_those_of_the_loops(threshold, detections):
+    """On the first image of two. So many peaks in two dimensions form chains of likenesses: a
+    kernel that has joined another absorbs no others."""
+    heat = [randn(50 + n, 2, 4, *s) * 2 for n, s in enumerate(SIZES)]
+    maps = [randn(60 + n, 2, 2, *s) for n, s in enumerate(SIZES)]
+    k = Kernels(ISTHING, 8, 24, score_threshold=threshold, detections=detections)
+    k.maps = lambda pyramid: list(zip(heat, maps))
+    peaks, groups, regions = [], [], {0: [], 3: []}
+    for h, m in zip(heat, maps):
+        p = h[0].sigmoid()
+        for c, i, j in torch.nonzero(p > threshold).tolist():
+            near = p[c, max(0, i - 1):i + 2, max(0, j - 1):j + 2]
+            if not ISTHING[c]:
+                regions[c].append((p[c, i, j], m[0, :, i, j]))
+            elif p[c, i, j] == near.max():
+                peaks.append((p[c, i, j], c, m[0, :, i, j]))
+    for score, c, e in sorted(peaks, key=lambda peak: -peak[0])[:detections]:
+        for _, category, group in groups:
+            if category == c and F.cosine_similarity(e, group[0], dim=0) > 0.9:
+                group.append(e)
+                break
+        else:
+            groups.append((score, c, [e]))
+    groups += [(max(cells)[0], c, [e for _, e in cells]) for c, cells in regions.items() if cells]
+    for e, score, c, group in itertools.zip_longest(*k.embed({}, None), groups):
+        close(e, torch.stack(group[2]).mean(0))
+        assert score == group[0] and c == group[1]
+
+
+# --- Queries ------------------------------------------------------------------------------------
+
+def places(h, w, c):
+    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    f = [2 * math.pi * 10000 ** (-4 * k / c) for k in range(c // 4)]
+    return torch.stack([wave(a * v) for v in (y, x) for wave in (torch.sin, torch.cos) for a in f])
+
+
+def answers_of_one(q, pyramid, features):
+    """Wired anew, for one image: pyramid {stride: [C, h, w]}, features [C, h, w]."""
+    x, place, found = q.query.weight, q.place.weight, []
+    for i, norm in enumerate([*q.norms, None]):
+        y = q.last_norm(x)
+        found.append((q.classifier(y), q.mask_head(y)))
+        if norm:
+            level = q.inputs[i % 3](pyramid[(32, 16, 8)[i % 3]])
+            level = level + q.level.weight[i % 3][:, None, None]
+            keys, cells = ((level + p).flatten(1).T for p in (places(*level.shape[1:], 16), 0))
+            masks = torch.einsum("nc,chw->nhw", found[-1][1], features)[None]
+            hidden = F.interpolate(masks, level.shape[1:], mode="bilinear")[0].flatten(1) < 0
+            hidden[hidden.all(1)] = False                      # an empty mask hides nothing
+            x = norm[0](x + q.cross_attention[i](x + place, keys, cells, attn_mask=hidden)[0])
+            x = norm[1](x + q.self_attention[i](x + place, x + place, x)[0])
+            x = norm[2](x + q.feed_forward[i](x))
+    return found
+
+
+@torch.no_grad()
+def test_queries_attend_to_the_cells_inside_their_own_masks():
+    """Four layers on strides 32, 16, 8, 32; each image by itself."""
+    torch.manual_seed(0)
+    q, pyramid = Queries(ISTHING, 8, 16, queries=6, layers=4), pyramid_of((96, 160), 2)
+    features = randn(1, 2, 16, 24, 40)
+    features -= 0.6 * F.normalize(q.answer(q.query.weight)[1][:1], dim=1)[..., None, None]
+    found = q.answers(pyramid, features)
+    hidden = q.hidden_cells(found[0][1], features, (24, 40))
+    assert len(found) == 5 and 0.2 < hidden.float().mean() < 0.8 and not hidden[:, 0].all()
+    for b in range(2):
+        want = answers_of_one(q, {s: x[b] for s, x in pyramid.items()}, features[b])
+        for a, expected in zip(itertools.chain(*found), itertools.chain(*want)):
+            close(a[b], expected, atol=1e-5)
+
+
+def cheapest(logits, x, categories, masks, known):
+    """[(segment, query), ...] by trying all permutations, costs in float64."""
+    p, few = logits.double().softmax(1), len(masks) <= len(x)
+    costs = [[float(-2 * p[n, c] + 5 * entropy_of(x[n], m, known) + 5 * dice_of(x[n], m, known))
+              for n in range(len(x))] for c, m in zip(categories.tolist(), masks)]
+    rows = costs if few else list(zip(*costs))
+    best = min(itertools.permutations(range(len(x) if few else len(masks)), len(rows)),
+               key=lambda ks: sum(row[k] for row, k in zip(rows, ks)))
+    return sorted(pair if few else pair[::-1] for pair in enumerate(best))
+
+
+@pytest.mark.parametrize("segments, n", [(3, 5), (4, 4), (1, 6), (5, 3), (4, 1), (0, 3)])
+def test_the_match_is_the_cheapest_of_all_permutations(segments, n):
+    """Of more segments than queries each query gets one. Costs that are not finite end too."""
+    q = Queries(ISTHING, 8, 16)
+    for seed in range(4):
+        logits, x, c = randn(seed, n, 5) * 2, randn(seed, n, 4, 5), torch.arange(segments) % 4
+        masks, known = (randn(seed + 20, segments, 4, 5) > 0).float(), (randn(9, 4, 5) > -1).float()
+        pairs = torch.stack(q.match(logits, x, c, masks=masks, known=known), 1)
+        assert list(map(tuple, pairs.tolist())) == cheapest(logits, x, c, masks, known)
+        x[0] = math.nan if seed % 2 else math.inf
+        query = q.match(logits, x, c, masks=masks, known=known)[1]
+        assert len(query.unique()) == min(segments, n)
+
+
+@claim("degeus2023", "5.2", "segments outside of the crop need no query", of="Queries")
+@claim("degeus2023", "6.4", "instance segmentation: stuff is no object", of="Queries")
+@pytest.mark.parametrize("outside, things_only", [(False, False), (True, False), (False, True)])
+def test_every_layer_is_matched_and_supervised(outside, things_only):
+    """Unless asked for. "No object" weighs a tenth. Embeddings are those of the last layer; those
+    of queries that say no object are left out in inference, on the first image."""
+    absent = dict(categories=torch.tensor([0, 1, 2, 1]), crowd=torch.tensor([0, 0, 1, 0]).bool())
+    targets = [STREET, replace(TARGETS["void between"], **absent)]
+    q = Queries(ISTHING, 8, 16, things_only=things_only)
+    features = randn(70, 2, 16, *CELLS).requires_grad_()
+    answers = [(randn(50 + k, 2, 6, 5).requires_grad_(),
+                (randn(60 + k, 2, 6, 16) * 0.3).requires_grad_()) for k in range(2)]
+    q.outside, q.answers = outside, lambda pyramid, features: answers
+    losses, embeddings, is_thing = q.losses({}, features, targets)
+    want, truth = dict.fromkeys(losses, 0.0), [truth_by_loop(t, CELLS) for t in targets]
+    for logits, e in answers:
+        costs, name, masks = [], torch.full((2, 6), 4), torch.einsum("bnc,bchw->bnhw", e, features)
+        for b, (t, (true, known), x) in enumerate(zip(targets, truth, masks)):
+            rows = ~t.crowd & (true.flatten(1).any(1) | outside)
+            rows = torch.where(rows & (ISTHING[t.categories] | (not things_only)))[0]
+            c, true = t.categories[rows], true[rows]
+            pairs = cheapest(logits[b].detach(), x.detach(), c, true, known)
+            for k, n in pairs:
+                name[b, n] = c[k]
+                costs.append([f(x[n], true[k], known) for f in (entropy_of, dice_of)])
+            assert e is answers[0][1] or torch.equal(embeddings[b], e[b, [n for _, n in pairs]])
+            assert torch.equal(is_thing[b], ISTHING[c])
+        weight = torch.where(name < 4, 1, 0.1).double()
+        surprise = -logits.double().log_softmax(2).gather(2, name[..., None])[..., 0]
+        want["class"] = want["class"] + 2 * (weight * surprise).sum() / weight.sum()
+        for key, cost in zip(("mask", "dice"), zip(*costs)):
+            want[key] = want[key] + 5 * sum(cost) / len(cost)
+    for key in want:
+        close(losses[key], want[key])
+    same_gradients(sum(losses.values()), sum(want.values()), [features, *itertools.chain(*answers)])
+    score, category = logits[0].softmax(1).max(1)
+    for found, expected in zip(q.embed({}, None), (e[0], score, category)):
+        assert torch.equal(found, expected[category < 4]) and 0 < len(found) < 6
+
+
+# --- The network --------------------------------------------------------------------------------
+
+def network(family, **how):
+    torch.manual_seed(0)
+    body = seamless.resnet_fpn("tiny", 16)
+    return getattr(unified, family)(ISTHING, body, channels=16, **how).eval()
+
+
+@pytest.mark.parametrize("size, coordinates", [((37, 45), True), ((37, 45), False), ((1, 1), True)])
+def test_features_are_the_sum_of_all_levels_at_stride_4(size, coordinates):
+    """Coordinates are those of the centres of cells, y and x from -1 to 1."""
+    encoder, pyramid, x = unified.FeatureEncoder(8, 12, coordinates), pyramid_of(size, 2), 0
+    (h, w), place = pyramid[4].shape[2:], torch.zeros(2, 2, *pyramid[4].shape[2:])
+    for (layer, norm, _), level in zip(encoder.levels, pyramid.values()):
+        x = x + F.interpolate(norm(layer(level)).clamp(min=0), (h, w), mode="bilinear")
+    for i, j in itertools.product(range(h), range(w)):
+        place[:, :, i, j] = torch.tensor([(2 * i + 1) / h - 1, (2 * j + 1) / w - 1])
+    x = torch.cat([x, place], 1) if coordinates else x
+    close(encoder(pyramid), encoder.out(x), atol=1e-5)
+
+
+@claim("degeus2023", "4.1", "embeddings of one crop meet the features of another", of="UnifiedNet")
+@claim("degeus2023", "4.1", "it teaches embeddings and features, not categories", of="UnifiedNet")
+@pytest.mark.parametrize("family", ["kernels", "queries"])
+@pytest.mark.parametrize("ids, paired, partners", [
+    ([0, 1, 2, 3], True, [[1, 0, 3, 2]]), ([5, 5], True, [[-1, -1]]),
+    ([5, 5, 6], False, [[2, 2, 0], [2, 2, 1]])])
+def test_intra_batch_supervision_is_the_loss_of_the_partners(family, ids, paired, partners):
+    net, images = network(family, ibs_weight=0.7, paired=paired), randn(0, len(ids), 3, *SIZE)
+    targets, pyramid = [replace(STREET, image_id=i) for i in ids], net.body(images)
+    features = net.encoder(pyramid)
+    losses, embeddings, is_thing = net.family.losses(pyramid, features, targets)
+    found = net.losses(images, targets)
+    loss = found.pop("ibs")
+    wanted = [0.7 * ibs.ibs_loss(embeddings, features, is_thing, torch.tensor(p)) for p in partners]
+    assert found.keys() == losses.keys() and min(abs(loss - w) for w in wanted) < 1e-6
+    loss.backward()
+    silent = ("family.heat", "family.position_head", "family.classifier")
+    taught = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert not any(n.startswith(silent) for n in taught) and (len(taught) > 9 or ids == [5, 5])
+    net.ibs_weight = 0
+    assert net.losses(images, targets).keys() == losses.keys()
+
+
+@claim("degeus2023", "3.1", "masks are embeddings times features, then a sigmoid", of="UnifiedNet")
+@pytest.mark.parametrize("family", ["kernels", "queries"])
+@pytest.mark.parametrize("rows, size", [([0, 1, 2, 3], None), ([0, 1, 2], (50, 33)), ([], None)])
+def test_a_prediction_is_embeddings_times_features_merged(family, rows, size):
+    """With the limits of the network; instances have masks and boxes, row 3 an empty one."""
+    net = network(family, score_threshold=0.65, overlap=0.9, stuff_area=250_000)
+    features = torch.full((1, 16, *CELLS), -7.3)
+    features[0, 0, 2:, :8], features[0, 1, 2:, 7:], features[0, 2, :2] = 9, 9, 9
+    e, scores = torch.eye(16)[rows], torch.tensor([0.9, 0.8, 0.7, 0.6])[rows]
+    categories = torch.tensor([1, 2, 0, 1])[rows]
+    net.family.embed = lambda pyramid, f: (e, scores, categories)
+    net.encoder.forward = lambda pyramid: features
+    found, (h, w) = net.predict(torch.rand(3, *SIZE), size), size or SIZE
+    logits, area = torch.einsum("nc,chw->nhw", e, features[0]), 250_000 * h * w / 2 ** 21
+    same_merge(*found[:3], merge_by_loop(logits, scores, categories, (h, w), 0.65, 0.9, area))
+    things = torch.where(ISTHING[categories])[0]
+    masks = F.interpolate(logits[:, None], (h, w), mode="bilinear")[things, 0] > 0
+    want = dict(masks=masks, scores=scores[things], categories=categories[things])
+    assert all(torch.equal(found.instances[key], value) for key, value in want.items())
+    for mask, box in zip(masks, found.instances["boxes"].tolist()):
+        ys, xs = torch.where(mask)
+        assert box == ([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(ys) else [0] * 4)
+
+
+@pytest.mark.parametrize("family", ["kernels", "queries"])
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_the_optimiser_of_a_family(family, decay_norms):
+    net, queries = network(family), family == "queries"
+    net.body.stages[0].requires_grad_(False)                   # frozen
+    fit = dict(steps=7, lr=0.5, lr_body=0.25, decay=0.1, decay_norms=decay_norms)
+    ((_, optimiser, steps),) = net.stages(fit)
+    assert steps == 7 and optimiser.param_groups[0]["lr"] == 0.5
+    assert type(optimiser) is (torch.optim.AdamW if queries else torch.optim.SGD)
+    assert queries or optimiser.defaults["momentum"] == 0.9 and optimiser.defaults["nesterov"]
+    found = {p: (g["lr"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+    assert found == {p: (0.25 if queries and n.startswith("body.stages") else 0.5,
+                         0.1 if p.ndim > 1 or decay_norms else 0.0)
+                     for n, p in net.named_parameters() if p.requires_grad}
+
+
+@claim("degeus2023", "6.4", "Acc_th, Prec_th and confusion of masks that overlap", of="Instances")
+def test_instances_are_measured_before_they_are_merged():
+    """Of things of 24 and 40 pixels a mask has 8 and 32; one is empty; one has too low a score."""
+    segments = 1 + (torch.arange(8)[:, None] > 2).long().expand(8, 8)
+    sample = data.Sample(None, segments, torch.tensor([1, 1]), torch.zeros(2).bool(), "")
+    masks = torch.zeros(3, 8, 8).bool()
+    masks[::2, 2:] = True
+    found = dict(masks=masks, scores=torch.tensor([0.9, 0.8, 0.2]), categories=torch.ones(3).long())
+    report = network("kernels").report()
+    assert not any(report.compute().values())
+    for _ in range(2):
+        report.update(sample, data.Prediction(None, None, None, found))
+    report.all_reduce()
+    assert report.compute() == {"Acc_th": 100 * 40 / 64, "Prec_th": 100 * 40 / 48, "confusion": 100,
+                                "things an image": 2, "empty masks an image": 1}
