@@ -528,13 +528,13 @@ def test_the_table_names_the_categories_that_occur():
     metric.update(rows("11122"), [0, 1], rows("11113"), [0, 3, 3])
     assert metric.table(["road", "car", "person", "sign"]).splitlines() == [
         "           PQ     SQ     RQ    PQ†    IoU      TP      FP      FN",
-        "road      75.0   75.0  100.0   75.0   75.0       1       0       0",
-        "car        0.0    0.0    0.0    0.0    0.0       0       1       0",
-        "sign       0.0    0.0    0.0    0.0    0.0       0       0       1",
+        "road     75.0   75.0  100.0   75.0   75.0       1       0       0",
+        "car       0.0    0.0    0.0    0.0    0.0       0       1       0",
+        "sign      0.0    0.0    0.0    0.0    0.0       0       0       1",
         "-" * 65,
-        "All       25.0   25.0   33.3   25.0   25.0",
-        "Things     0.0    0.0    0.0    0.0",
-        "Stuff     75.0   75.0  100.0   75.0",
+        "All      25.0   25.0   33.3   25.0   25.0",
+        "Things    0.0    0.0    0.0    0.0",
+        "Stuff    75.0   75.0  100.0   75.0",
         "Acc_th 0.0   Prec_th 0.0"]
 
 
