@@ -150,8 +150,9 @@ def draw_figure(arms, cut, sizes, categories, path):
     for letter, ax, limits in zip("cd", panels, RANGES):
         for k, mode in enumerate(MODES):
             counts = arms[limits, mode].levels().sum(0)
-            ax.bar(torch.arange(1, 5) + 0.27 * (k - 1), 100 * counts / counts.sum(), 0.27,
-                   label=f"{mode}: {entropy(counts):.2f} bits", color=COLOURS[mode])
+            ax.bar([level + 0.27 * (k - 1) for level in (1, 2, 3, 4)],
+                   (100 * counts / counts.sum()).tolist(), 0.27, color=COLOURS[mode],
+                   label=f"{mode}: {entropy(counts):.2f} bits")
         ax.axhline(25, color="k", lw=0.8, ls=":")
         ax.set(title=f"({letter}) level of all things, %,\nscales {limits[0]:g} to {limits[1]:g}",
                xlabel="pyramid level", xticks=[1, 2, 3, 4], ylim=(0, 75))
