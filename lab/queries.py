@@ -188,10 +188,7 @@ class Queries(nn.Module):
         w_class, w_mask, w_dice = self.weights
         cost = -w_class * logits.softmax(1)[:, categories] + w_mask * entropy + w_dice * overlap
         # A network that has diverged has NaN costs. Its loss is NaN and tells so; matching goes on.
-        gain = -np.nan_to_num(cost.cpu().numpy().astype(float), nan=0.0, posinf=1e6, neginf=-1e6)
-        gain = gain - gain.min(initial=0) + 1                  # `assign` leaves out gains of 0
-        if len(categories) <= len(x):
-            query = torch.as_tensor(assign(gain.T), device=x.device)
-            return torch.arange(len(categories), device=x.device), query
-        segment, query = torch.as_tensor(assign(gain), device=x.device).sort()
-        return segment, query
+        cost = np.nan_to_num(cost.cpu().numpy(), nan=0.0, posinf=1e6, neginf=-1e6)
+        query = torch.as_tensor(assign(-cost.T), device=x.device)         # [G], -1: left over
+        segment = torch.where(query >= 0)[0]
+        return segment, query[segment]
