@@ -13,16 +13,16 @@ crop 2, so its mask there must be empty:
                                  x --> logits [N, H, W] --> focal loss towards 0, things only (4.1)
     crop 2 --> F_2 [C, H, W] ---'
 
-It needs no new data and no new weights, and it changes nothing at test time. Masks that are empty
-already teach nothing. So section 4.2 draws pairs of crops that show one category at a similar size:
-there confusion is likely.
+It needs no new data and no new weights, and it changes nothing at test time. A mask that is empty
+already teaches nothing. So section 4.2 draws pairs of crops that show one category at a similar
+size: there confusion is likely.
 
 The claim. Panoptic FCN on Cityscapes (Table 2): PQ_th rises from 52.2 to 54.7, Acc_th from 81.3 to
 87.1, Prec_th from 86.8 to 92.6. Figure 5: confusion "drops significantly" (a plot, no numbers).
 
-Where the rest of the paper stands. Eq. 1-3 (PQ, Acc_th, Prec_th): `PanopticQuality` in pq.py. The
-measure of Figure 5: `confusion_ratio` there. Panoptic FCN and Mask2Former, in small: lab/kernels.py
-and lab/queries.py. The correction of section 5.2: lab/outside.py.
+Where the rest stands. pq.py: Eq. 1-3 (`PanopticQuality`: PQ, Acc_th, Prec_th) and the measure of
+Figure 5 (`confusion_ratio`). lab/kernels.py and lab/queries.py: Panoptic FCN and Mask2Former, in
+small. lab/outside.py: section 5.2 without its correction.
 
     python ibs.py [--quick] [--full] [--device D] [--out DIR]    example, five trainings, Figure 5
     pytest tests/test_ibs.py                                     the spec of this file
@@ -47,24 +47,26 @@ from data import (IGNORE, collate, colour_jitter, command_line, crop, random_pix
 def example():
     """Two crops of one pixel with one car each, by hand. Car 1 is confused with car 2.
 
-    Let l = log 3, for sigmoid(log 3) = 3/4. The products of embeddings and features are
+    Let a = log 3, for sigmoid(log 3) = 3/4. The products of embeddings and features are
 
                           F_1 = (1, -1)    F_2 = (1, 1)
-        E_1 = (l, 0)            l               l          car 1 covers car 2, p = 3/4
-        E_2 = (0, l)           -l               l          car 2 hardly covers car 1, p = 1/4
+        E_1 = (a, 0)            a               a          car 1 covers car 2, p = 3/4
+        E_2 = (0, a)           -a               a          car 2 hardly covers car 1, p = 1/4
 
     The diagonal holds each car's own mask, which the usual loss supervises. IBS supervises the two
-    other logits. A focal loss is (1 - alpha) p^gamma log(1 / (1 - p)) where the truth is 0:
+    other logits. The focal loss is (1 - alpha) p^gamma log(1 / (1 - p)) where the truth is 0:
     3/4 (3/4)^2 log(4) and 3/4 (1/4)^2 log(4/3)."""
-    log3 = math.log(3)
-    embeddings = [torch.tensor([[log3, 0.0]]), torch.tensor([[0.0, log3]])]
+    a = torch.tensor(3.0).log()
+    embeddings = [a * torch.tensor([[1.0, 0.0]]), a * torch.tensor([[0.0, 1.0]])]
     features = torch.tensor([[1.0, -1.0], [1.0, 1.0]])[:, :, None, None]         # [2, C, 1, 1]
+    products = torch.stack([mask_logits(e, f) for e in embeddings for f in features]).flatten()
+    assert torch.equal(products, a * torch.tensor([1, 1, -1, 1]))
     targets = pick_targets(torch.tensor([7, 8]))               # crops of images 7 and 8
     assert targets.tolist() == [1, 0]
-    loss = ibs_loss(embeddings, features, [torch.tensor([True])] * 2, targets=targets)
+    loss = ibs_loss(embeddings, features, [torch.tensor([True])] * 2, targets=targets).item()
     by_hand = (27 / 64 * math.log(4) + 3 / 64 * math.log(4 / 3)) / 2             # mean of two masks
-    assert abs(loss.item() - by_hand) < 1e-6
-    return loss.item()
+    assert abs(loss - by_hand) < 1e-6
+    return loss
 
 
 # --- 3.1 Unified panoptic segmentation --------------------------------------------------------
@@ -114,24 +116,23 @@ def ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.0):
     embeddings: a list of B tensors E_i [N_i, C], only those that have a true segment.
     features: F [B, C, H, W]. is_thing: a list of B tensors bool [N_i].
     targets: int64 [B] from `pick_targets`; -1: this crop has none.
-    The gradient reaches embeddings and features. Without a target or a thing the loss is 0 and all
-    gradients exist.
+    Both sides get gradients. Without a target or a thing the loss is 0 and gradients are zeros.
     Choice: alpha = 0.25 and gamma = 2 are the defaults of the focal loss (Lin et al. 2017).
     Choice: the mean over all pixels, then over all masks of the batch: all masks weigh the same.
-    Deviation: weight and place differ from the released code. There the weight is 4 (Cityscapes) or
-    15 (Vistas) on Panoptic FCN, where each of a thing's up to seven kernels makes its own mask. It
-    is 50 or 100 on Mask2Former, on each of nine layers, with a new random target each, at 12,544
-    sampled points. Here the recipes have 1 or 2, lab/kernels.py passes the mean of a thing's
-    kernels, and lab/queries.py the last layer."""
+    Deviation: weight and place differ from the released code. For Panoptic FCN its weight is 4 on
+    Cityscapes and 15 on Vistas, and each of a thing's up to seven kernels makes a mask of its own.
+    For Mask2Former it is 50 and 100, on each of nine layers with another random target each, at
+    12,544 sampled points. Here recipes have 1 or 2, lab/kernels.py gives the mean of a thing's
+    kernels, and lab/queries.py gives the last layer."""
     losses = []
     for e, thing, target in zip(embeddings, is_thing, targets.tolist()):
         if target >= 0 and thing.any():
-            x = mask_logits(e[thing], features[target]).flatten(1).float()           # [N_th, HW]
+            x = mask_logits(e[thing], features[target]).float()                      # [N_th, H, W]
             # With p = sigmoid(x) and truth 0 the focal loss is (1 - alpha) p^gamma log(1 + e^x).
             # exp(gamma log p) has a finite gradient even where p is 0.
             focal = (1 - alpha) * (gamma * F.logsigmoid(x)).exp() * F.softplus(x)
-            losses.append(focal.mean(1))
-    if not losses:                                             # sums of nothing: 0, with gradients
+            losses.append(focal.mean((1, 2)))
+    if not losses:                                             # sums of nothing: 0 with gradients
         return sum(v[:0].sum() for v in (features, *embeddings))
     return torch.cat(losses).mean()
 
@@ -146,7 +147,7 @@ def pick(count, generator):
 def common_size(first, second, limits, generator):
     """Step 4: scales (sigma_1, sigma_2) that bring two segments to one size.
 
-    first, second: their sizes in pixels. limits (low, high): of both scales.
+    first, second: their sizes, roots of areas in pixels. limits (low, high): of both scales.
     Choice: the common size is uniform among all that both can reach. If there is none, the larger
     segment shrinks and the smaller one grows as far as the limits allow."""
     low, high = max(first, second) * limits[0], min(first, second) * limits[1]
@@ -159,8 +160,8 @@ def common_size(first, second, limits, generator):
 def window_start(pixel, segment, length, window, generator):
     """Step 5 along one axis: where a window of `window` pixels begins -> int.
 
-    The window contains `pixel`, and the whole segment from low to high, if that fits. Uniform among
-    such places in an image of `length` pixels; 0 if the window is longer than the image."""
+    The window contains `pixel`, and the whole segment (low, high), if that fits. Uniform among such
+    places in an image of `length` pixels; 0 if the window is longer than the image."""
     low, high = segment
     first, last = max(0, pixel - window + 1), max(0, min(pixel, length - window))
     if high - low <= window - 1:                               # it fits, also after rounding
@@ -203,31 +204,29 @@ class PairedCropSampler(IterableDataset):
         self.categories = [c for c, category in enumerate(dataset.categories)
                            if category.isthing and len(index.images_with(c)) > 1]
         if not self.categories:
-            raise ValueError("no category of things occurs in two images: there are no pairs; use "
-                             "another sampler")
+            raise ValueError("no category of things occurs in two images; use another sampler")
         self.dataset, self.index, self.size, self.limits = dataset, index, tuple(size), scale
         self.short_side, self.flip, self.jitter, self.hue = short_side, flip, jitter, hue
-        self.pairs, self.seed = batch // 2, seed
-        self.start, self.rank, self.world = start, rank, world
+        self.pairs, self.seed, self.start = batch // 2, seed, start
+        self.rank, self.world = rank, world
 
     def pair(self, p):
         """Pair number p -> [(image [3, h, w], Target), (image, Target)]."""
-        # A generator keeps 32 bits of its seed: hash seed and number together.
+        # A generator keeps 32 bits of its seed: hash seed and number, do not add them.
         digest = hashlib.sha256(f"{self.seed} {p}".encode()).digest()
         g = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         category = self.categories[pick(len(self.categories), g)]      # 1. a category of things
         images = self.index.images_with(category)                      # 2. two images with it
         first = pick(len(images), g)
         second = (first + 1 + pick(len(images) - 1, g)) % len(images)
-        length_1, *part_1 = self.choose(int(images[first]), category, g)         # 3. a segment each
-        length_2, *part_2 = self.choose(int(images[second]), category, g)
-        sigma_1, sigma_2 = common_size(length_1, length_2, self.limits, generator=g)     # 4. resize
-        return [self.crop(*part_1, sigma=sigma_1, generator=g),                  # 5. crop
-                self.crop(*part_2, sigma=sigma_2, generator=g)]
+        size_1, *part_1 = self.choose(int(images[first]), category, g)         # 3. a segment each
+        size_2, *part_2 = self.choose(int(images[second]), category, g)
+        sigmas = common_size(size_1, size_2, self.limits, generator=g)           # 4. resize, 5. crop
+        return [self.crop(*part, sigma=s, generator=g) for part, s in zip((part_1, part_2), sigmas)]
 
     def choose(self, image, category, generator):
-        """Step 3: a random segment of the category -> its length (root of the area, in pixels),
-        image, sample, row in the Index, and the factor that `short_side` asks for."""
+        """Step 3: a random segment of the category -> its size (the root of its area, in pixels),
+        then image, sample, row in the Index, and the factor that `short_side` asks for."""
         rows = self.index.rows(image, category)
         row, sample = int(rows[pick(len(rows), generator)]), self.dataset[image]
         factor = self.short_side / min(sample.segments.shape) if self.short_side else 1.0
@@ -241,7 +240,8 @@ class PairedCropSampler(IterableDataset):
         mirror = torch.rand((), generator=generator).item() < self.flip
         y, x, instance = random_pixel(sample.segments, box, self.index.segment[row:row + 1],
                                       size=size, generator=generator)
-        columns, rows = ([v * size[d] / old[d] for v in box[1 - d::2]] for d in (1, 0))  # resized
+        rows = [v * size[0] / old[0] for v in box[1::2]]               # the resized box
+        columns = [v * size[1] / old[1] for v in box[0::2]]
         if mirror:
             x, columns = size[1] - 1 - x, [size[1] - v for v in reversed(columns)]
         top = window_start(y, rows, size[0], window=self.size[0], generator=generator)
@@ -275,8 +275,8 @@ class MinimalNet(nn.Module):
     a thing is the kernel at the middle of its box. Panoptic FCN finds these places itself and has
     embeddings for stuff too, see lab/kernels.py. H and W are multiples of 4.
 
-    The lines that end in IBS are all that a network of your own needs. Give `ibs_loss` those
-    embeddings that inference uses: their mean may have an empty mask where they have not."""
+    The lines that end in IBS are all that a network of your own needs. Give `ibs_loss` the
+    embeddings that inference uses, not their mean (exercise 3)."""
 
     def __init__(self, isthing, channels=32, ibs_weight=1.0, paired=True):
         super().__init__()

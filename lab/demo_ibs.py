@@ -145,9 +145,9 @@ def measure(net, images):
 def compare(steps, train_images, test_images, *, device="cpu", out="figures"):
     """Trains and measures the five networks, prints tables and draws ibs.png into `out`."""
     for weight in (0.0, 1.0):
-        other, _ = two_cars(weight)
-        print("a red and a blue car, weight of IBS {}: their masks cover {:.0f}% and {:.0f}% of the "
-              "other car".format(weight, *other))
+        (red, blue), _ = two_cars(weight)
+        print(f"a red and a blue car, weight of IBS {weight}: the mask of the red one covers "
+              f"{red:.0f}% of the blue one, the reverse {blue:.0f}%")
     scenes, unseen = world("parking", "train", train_images), world("parking", "test", test_images)
     index, isthing = isus.build_index(scenes), torch.tensor([c.isthing for c in scenes.categories])
     for mode, text in (("uniform", "drawn at random"), ("paired", "drawn in pairs")):
@@ -156,18 +156,18 @@ def compare(steps, train_images, test_images, *, device="cpu", out="figures"):
     unseen = [unseen[i] for i in range(len(unseen))]
     parts = {size: [crop(s, *at, size) for s in unseen] for size, at in WINDOWS.items()}
     curves, growth, instances = {}, {}, {}
-    print(f"\n{steps} steps, one seed, {len(unseen)} whole images of the test split\n"
-          "                                       confused at T = 25%          paper, Vistas\n"
-          "trained on     PQ  PQ_th  Acc_th  Prec_th   merged  before  seconds   "
-          "PQ_th Acc_th Prec_th")
+    columns = ("PQ", "PQ_th", "PQ_st", "Acc_th", "Prec_th")
+    print(f"\n{steps} steps, one seed, {len(unseen)} whole images of the test split; confused at "
+          "T = 25%,\nafter merging and before; at the right what the paper says of Vistas\n"
+          f"{'trained on':12s}" + "".join(f"{name:>8s}" for name in columns)
+          + "  merged  before  seconds  PQ_th Acc_th Prec_th")
     for name, (mode, weight, paper) in ROWS.items():
         net, seconds = train(scenes, index, mode, weight=weight, steps=steps, device=device)
         found = {size: measure(net, images) for size, images in parts.items()}
         growth[name] = [confused[AT_25].item() for _, confused, _, _ in found.values()]
         quality, curves[name], before, instances[name] = found[128, 256]
-        print("{:11s} {PQ:5.1f}  {PQ_th:5.1f}   {Acc_th:5.1f}    {Prec_th:5.1f}".format(
-            name, **quality), end="")
-        print(f"   {growth[name][-1]:5.1f}%  {before:5.1f}%  {seconds:7.0f}   {paper}", flush=True)
+        print(f"{name:12s}" + "".join(f"{quality[column]:8.1f}" for column in columns)
+              + f"  {growth[name][-1]:5.1f}%  {before:5.1f}%  {seconds:7.0f}   {paper}", flush=True)
     print("\nconfused at T = 25% on parts of the same images; crops have 80x160\n" + " " * 12
           + "".join(f"{h:6d}x{w}" for h, w in parts))
     for name, values in growth.items():
