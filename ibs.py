@@ -221,7 +221,7 @@ class PairedCropSampler(IterableDataset):
         second = (first + 1 + pick(len(images) - 1, g)) % len(images)
         size_1, *part_1 = self.choose(int(images[first]), category, g)         # 3. a segment each
         size_2, *part_2 = self.choose(int(images[second]), category, g)
-        sigmas = common_size(size_1, size_2, self.limits, generator=g)           # 4. resize, 5. crop
+        sigmas = common_size(size_1, size_2, self.limits, generator=g)          # 4. resize; 5. crop
         return [self.crop(*part, sigma=s, generator=g) for part, s in zip((part_1, part_2), sigmas)]
 
     def choose(self, image, category, generator):
