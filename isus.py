@@ -19,8 +19,8 @@ has no instances: its scale sigma is uniform in a range r_st, and so is every si
 The claim. ISUS "will have the effect of smoothing out the object scale distribution, providing
 more uniform supervision across all scales". With the loss of cabb_loss.py and a new architecture
 the paper reports +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best. On the
-toy streets of the demo ISUS does not even out levels: a crop shows eight things on average, and
-seven of these are resized with the chosen one.
+toy streets of the demo ISUS does not even out levels: a crop shows eight things on average, of
+which at most one was chosen. The others are resized with it.
 
     python isus.py [--quick] [--full] [--device D] [--out DIR]    example, Figure 2, levels in crops
     pytest tests/test_isus.py                                     the spec of this file

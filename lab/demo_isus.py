@@ -124,8 +124,8 @@ def print_tables(arms, names, cut, sizes):
     for mode in MODES:
         print(f"  {mode:8}{percent(arms[RANGES[0], mode].shares(), digits=0)}")
     things = arms[RANGES[0], "isus"].levels().sum(1).float().mean()
-    print(f"\nA crop of ISUS shows {things:.0f} things. One of them was chosen; the others are "
-          "resized with it.")
+    print(f"\nA crop of ISUS shows {things:.0f} things. One of them was chosen, or stuff was; the "
+          "others are only resized with it.")
     for low, high in RANGES:
         (isus, a), (cus, b) = (spread(arms[(low, high), m].levels()) for m in ("isus", "cus"))
         gain, error = isus - cus, (a * a + b * b) ** 0.5
