@@ -11,10 +11,10 @@ The idea is one ResNet with a feature pyramid, two light branches, and a rule th
 MiniDL ("Mini-DeepLab") is the new part. DeepLab gives each pixel the mean of the whole image, which
 changes with the size of the image. MiniDL takes the mean of a window of 64x64 features around it.
 
-The paper claims 51.43 M parameters and 0.514 T multiply-adds at 1024x2048, where two networks take
-78.06 M and 0.864 T. PQ is 59.8 on Cityscapes and 46.9 on IDD (two networks: 59.8 and 47.2), 36.2 on
-Vistas. This file has 48,288,147 parameters. With two layers as in the released code, see `Body` and
-`MiniDL`, it would have the paper's: 48,288,147 + 4,719,104 - 1,572,864 = 51,434,387.
+The paper claims 51.43 M parameters and 0.514 T multiply-adds at 1024x2048; two networks take 78.06
+M and 0.864 T. PQ is 59.8 on Cityscapes, 46.9 on IDD (two networks: 59.8, 47.2), 36.2 on Vistas.
+With the stride 64 and the MiniDL of the released code (see `Body`, `MiniDL`) this file would have
+48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
     pytest tests/test_seamless.py                                       the spec of this file
@@ -45,7 +45,8 @@ def example():
     segments, categories, _ = fuse(
         masks, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 1, 1]), stuff_area=2,
         semantic=torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 2]]), isthing=torch.arange(3) == 1)
-    assert segments.tolist() == [[3, 3, 0, 1, 1, 1, 1, 2, 2, 0]] and categories.tolist() == [1, 1, 0]
+    assert segments.tolist() == [[3, 3, 0, 1, 1, 1, 1, 2, 2, 0]]
+    assert categories.tolist() == [1, 1, 0]
     return segments
 
 
@@ -54,33 +55,55 @@ def example():
 # the same numbers. `nn.SyncBatchNorm.convert_sync_batchnorm` shares their statistics among GPUs.
 
 leaky = partial(nn.LeakyReLU, 0.01, inplace=True)
-resize_logits = partial(F.interpolate, mode="bilinear")        # (x, size); pixel centres at +.5
+conv_norm = partial(ops.Conv2dNormActivation, activation_layer=leaky)   # with batch norm, no bias
+resize_logits = partial(F.interpolate, mode="bilinear")        # of (x, size); pixel centres at +.5
 
 
-def conv_norm(c_in, c_out, kernel, dilation=1):
-    """The paper's "convolution": followed by batch norm and LeakyReLU. Keeps height and width."""
-    conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), leaky())
+def load_resnet(name, weights=None):
+    """A ResNet of torchvision, or a thin one of basic blocks for CPUs, `tiny` or `small`."""
+    thin = {"tiny": [1, 1, 1, 1], "small": [2, 2, 2, 2]}
+    known = [*thin, "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    if name not in known or (name in thin and weights is not None):
+        raise ValueError(f"unknown body {name!r}, or no ImageNet weights for it; use one of "
+                         f"{', '.join(known)}, the first two with weights=None")
+    if name not in thin:
+        return torchvision.models.get_model(name, weights=weights)
+    block = torchvision.models.resnet.BasicBlock
+    net = torchvision.models.ResNet(block, thin[name])         # its layers are replaced
+    net.conv1, net.bn1, net.inplanes = nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), 32
+    for i, n in enumerate(thin[name]):
+        setattr(net, f"layer{i + 1}", net._make_layer(block, 32 << i, n, stride=2 if i else 1))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return net
 
 
 class Body(nn.Module):
     """ResNet and FPN: images [B, 3, H, W] in 0..1 -> {stride: [B, width, H / stride, W / stride]},
-    sizes rounded up. Arguments: see `resnet_fpn`.
-
-    FPN (Lin et al. 2017) of the ResNet's outputs C_2 to C_5, with a norm after each convolution:
+    sizes rounded up. FPN (Lin et al. 2017) of conv2 to conv5, C_2 to C_5, with norms:
     M_5 = 1x1(C_5), M_k = 1x1(C_k) + enlarge(M_{k+1}), P_k = 3x3(M_k).
-    Deviation: released code has LeakyReLU after these norms; the paper does not say.
+
+    extra: levels beyond stride 32. weights: None, an entry of torchvision such as "IMAGENET1K_V1",
+    or a state dict. frozen: how many leading stages do not learn (1: stem, 2: conv2 too).
+    frozen_norm: no norm of the ResNet learns, nor do its statistics move.
+    Choice: recipes with ImageNet weights have frozen=2, frozen_norm=True. The paper freezes, but
+    does not say what. Released settings have frozen=2, and their norms learn, as in 3.1.
     Deviation: stride 64 is every second pixel of stride 32, "akin to the original FPN". Released
     code computes it from C_5 by a 3x3 convolution with norm: 2048 x 256 x 9 + 512 parameters."""
 
-    def __init__(self, resnet, width, extra, frozen, frozen_norm):
+    def __init__(self, name="resnet50", width=256, extra=0, weights=None, frozen=0,
+                 frozen_norm=False):
         super().__init__()
-        for m in resnet.modules():                             # the stem and each block have one
+        state = weights if isinstance(weights, dict) else None
+        net = load_resnet(name, None if state else weights)
+        net.load_state_dict(state or net.state_dict())
+        for m in net.modules():                                # the stem and each block have one
             if isinstance(getattr(m, "relu", None), nn.ReLU):
                 m.relu = leaky()
-        stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
-        self.stages = nn.ModuleList([stem, *(getattr(resnet, f"layer{i}") for i in (1, 2, 3, 4))])
-        c = resnet.layer1[0].conv1.out_channels * resnet.layer1[0].expansion
+        self.stages = nn.ModuleList([nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),
+                                     net.layer1, net.layer2, net.layer3, net.layer4])
+        c = net.layer2[0].conv1.in_channels
         self.fpn = ops.FeaturePyramidNetwork([c, 2 * c, 4 * c, 8 * c], width, None, nn.BatchNorm2d)
         self.strides, self.channels = [4 << i for i in range(4 + extra)], width
         self.frozen, self.frozen_norm = frozen, frozen_norm
@@ -94,15 +117,10 @@ class Body(nn.Module):
         norms = [m for m in self.stages.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [*self.stages[:self.frozen], *(norms if self.frozen_norm else [])]
 
-    def train(self, mode=True):
-        super().train(mode)
+    def forward(self, images):
         for module in self.fixed():
             module.eval()                                      # statistics do not move either
-        return self
-
-    def forward(self, images):
-        mean, std = self.colours
-        x, maps = self.stages[0]((images - mean) / std), {}
+        x, maps = self.stages[0]((images - self.colours[0]) / self.colours[1]), {}
         for i, stage in enumerate(self.stages[1:]):
             x = maps[str(i)] = stage(x)
         levels = list(self.fpn(maps).values())
@@ -111,61 +129,14 @@ class Body(nn.Module):
         return dict(zip(self.strides, levels))
 
 
-def thin_resnet(blocks, width=32):
-    """A ResNet of basic blocks with `width` channels in its first stage instead of 64."""
-    block = torchvision.models.resnet.BasicBlock
-    net = torchvision.models.ResNet(block, blocks)             # all its layers are replaced
-    net.conv1, net.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-    net.inplanes = width
-    for i, n in enumerate(blocks):
-        setattr(net, f"layer{i + 1}", net._make_layer(block, width << i, n, stride=2 if i else 1))
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-    return net
-
-
-def resnet_fpn(name="resnet50", width=256, extra=0, weights=None, frozen=0, frozen_norm=False):
-    """The body. name: tiny or small (thin, for CPUs), or a ResNet of torchvision. extra: levels
-    beyond stride 32. weights: None, an entry of torchvision such as "IMAGENET1K_V1", or a state
-    dict. frozen: how many leading stages do not learn (1: stem, 2: conv2 too). frozen_norm: no norm
-    of the ResNet learns, and its statistics stay as they are: nothing to synchronise there.
-
-    Choice: recipes with ImageNet weights have frozen=2, frozen_norm=True. The paper freezes, but
-    does not say what; released settings have frozen=2, and their norms learn."""
-    thin = {"tiny": [1, 1, 1, 1], "small": [2, 2, 2, 2]}
-    known = [*thin, "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-    if name not in known:
-        raise ValueError(f"unknown body {name!r}; use one of {', '.join(known)}")
-    if name in thin and weights is not None:
-        raise ValueError(f"the thin body {name!r} has no ImageNet weights; use weights=None or a "
-                         "torchvision ResNet")
-    state = weights if isinstance(weights, dict) else None
-    net = (thin_resnet(thin[name]) if name in thin else
-           torchvision.models.get_model(name, weights=None if state else weights))
-    if state:
-        net.load_state_dict(state)
-    return Body(net, width, extra, frozen=frozen, frozen_norm=frozen_norm)
+resnet_fpn = Body
 
 
 # --- 3.2 Instance segmentation branch: Mask R-CNN, with changes -------------------------------
 
-def make_anchors(feature_size, stride, size, ratios, device=None):
-    """Anchors of one level in pixels, [h * w * R, 4]: area size^2, ratio height / width, by rows.
-
-    The 3x3 convolution has stride 2 and padding 1. Its output cell (i, j) sees the features around
-    (2i, 2j), whose centre is ((2j + .5) stride, (2i + .5) stride). Anchors are centred there."""
-    y, x = ((2 * torch.arange(n, device=device) + 0.5) * stride for n in feature_size)
-    r = torch.tensor(ratios, device=device).sqrt()
-    half = torch.stack([size / r, size * r], 1) / 2                             # [R, 2]
-    centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]   # [h, w, 1, 2]
-    return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
-
-
 def void_fraction(boxes, void):
-    """The share of each box [N, 4] that is void, bool [H, W] -> [N]. `table` holds sums over the
-    pixels above and to the left."""
-    table = F.pad(void.float().cumsum(0).cumsum(1), (1, 0, 1, 0))               # [H + 1, W + 1]
+    """The share of each box [N, 4] that is void, bool [H, W] -> [N]."""
+    table = F.pad(void.float().cumsum(0).cumsum(1), (1, 0, 1, 0))   # sums above and to the left
     x1, x2 = (boxes[:, i].round().long().clamp(0, void.shape[1]) for i in (0, 2))
     y1, y2 = (boxes[:, i].round().long().clamp(0, void.shape[0]) for i in (1, 3))
     total = table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]
@@ -175,10 +146,8 @@ def void_fraction(boxes, void):
 def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
     """Mask R-CNN's choice of boxes [N, 4] to learn from: `count` at random, at most a `share` of
     them positive -> indices of positives [P] and negatives, and the truth of positives: number of
-    the segment [P], box and truncated sides [P, 4], category [P].
-
-    Positive: its best IoU with a thing is at least `high`, or, with `rescue`, the best for some
-    thing. Negative: its best IoU is below `low`.
+    the segment [P], box and truncated sides [P, 4], category [P]. Positive: the best IoU with a
+    thing is at least `high`, or, with `rescue`, the best for some thing. Negative: below `low`.
     Choice: no negative is more than 0.7 void or crowd. Released code has this share for crowds."""
     truth = thing_truth(target, isthing)
     iou = ops.box_iou(F.pad(truth[1], (0, 0, 0, 1)), boxes)    # [G + 1, N], the last row is 0
@@ -189,9 +158,8 @@ def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
     void = void_fraction(boxes, semantic_target(target) == IGNORE) > 0.7
 
     def draw(mask, n):
-        found = torch.where(mask)[0]
-        few = len(found) <= n
-        return found if few else found[torch.randperm(len(found), device=mask.device)[:n]]
+        at = torch.where(mask)[0]
+        return at if len(at) <= n else at[torch.randperm(len(at), device=at.device)[:n]]
     chosen = draw(positive, int(count * share))
     negative = draw(~positive & (best < low) & ~void, count - len(chosen))
     return chosen, negative, [t[index[chosen]] for t in truth]
@@ -200,13 +168,12 @@ def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
 def smooth_l1_box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
     """The box loss of Mask R-CNN -> [N]: the sum over the four deltas of z^2 / (2 beta) if |z| <=
     beta, else |z| - beta / 2. The last two arguments are for losses that know about crops."""
-    truth = encode(gt_boxes, anchors)
-    return F.smooth_l1_loss(deltas, truth, beta=beta, reduction="none").sum(1)
+    return F.smooth_l1_loss(deltas, encode(gt_boxes, anchors), beta=beta, reduction="none").sum(1)
 
 
 class RegionProposalHead(nn.Module):
-    """RPH: 3x3 convolution of stride 2, norm, 1x1 with (o_u, o_v, o_w, o_h, o_s) for each anchor.
-    All levels share it. Only anchors entirely inside of the image exist. isthing bool [C].
+    """RPH: 3x3 convolution of stride 2, norm, 1x1 with (o_u, o_v, o_w, o_h, o_s) for each anchor,
+    shared by all levels. Only anchors entirely inside of the image exist. isthing bool [C].
 
     Choice: all levels pass through the norm together, so that training and test see one statistic.
     Released code normalises each level by itself, and its 3x3 convolution has stride 1."""
@@ -215,7 +182,7 @@ class RegionProposalHead(nn.Module):
     def __init__(self, isthing, body, anchor_scale=8, ratios=(0.5, 1, 2), proposals=1000,
                  box_loss=smooth_l1_box_loss):
         super().__init__()
-        self.strides, self.anchor_scale, self.ratios = body.strides, anchor_scale, tuple(ratios)
+        self.strides, self.anchor_scale, self.ratios = body.strides, anchor_scale, ratios
         self.proposals, self.box_loss, c = proposals, box_loss, body.channels
         self.register_buffer("isthing", isthing, persistent=False)
         self.conv, self.norm = nn.Conv2d(c, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c)
@@ -223,51 +190,56 @@ class RegionProposalHead(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, features, image_size):
+    def anchors(self, h, w, stride):
+        """Of an output of h x w cells, by rows: [h * w * R, 4], area size^2, ratio height / width.
+        Cell (i, j) sees the features around (2i, 2j), with centre ((2j + .5) stride, ...)."""
+        r, size = torch.tensor(self.ratios).sqrt(), self.anchor_scale * stride
+        half = torch.stack([size / r, size * r], 1) / 2                         # [R, 2]
+        y, x = ((2 * torch.arange(n) + 0.5) * stride for n in (h, w))
+        centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]
+        return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
+
+    def forward(self, features, size):
         """-> scores (logits) [B, A], deltas [B, A, 4], anchors [A, 4] and their levels [A]."""
         maps = [self.conv(features[s]) for s in self.strides]
         x = torch.cat([m.flatten(2) for m in maps], 2)[..., None]               # [B, c, sum hw, 1]
         x = self.out(self.act(self.norm(x)))[..., 0].float()                    # [B, 5 R, sum hw]
         x = x.view(len(x), len(self.ratios), 5, -1).permute(0, 3, 1, 2).flatten(1, 2)
-        anchors = [make_anchors(m.shape[-2:], s, self.anchor_scale * s, ratios=self.ratios,
-                                device=x.device) for m, s in zip(maps, self.strides)]
-        level = torch.cat([torch.full_like(a[:, 0], i) for i, a in enumerate(anchors)])
-        anchors, (h, w) = torch.cat(anchors), image_size
+        anchors = [self.anchors(*m.shape[2:], stride=s) for m, s in zip(maps, self.strides)]
+        level = torch.cat([torch.full_like(a[:, 0], i) for i, a in enumerate(anchors)]).to(x.device)
+        anchors, (h, w) = torch.cat(anchors).to(x.device), size
         inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] <= w) & (anchors[:, 3] <= h)
         return x[:, inside, 4], x[:, inside, :4], anchors[inside], level[inside]
 
     @torch.no_grad()
-    def propose(self, guesses, image_size):
-        """From the output of `forward` the best `proposals` boxes [P, 4] of each image, twice as
-        many in training. Six times as many anchors of each level enter the NMS of their level (Mask
-        R-CNN: 2000 of 12000 in training, 1000 of 6000)."""
-        found, after = [], self.proposals * (2 if self.training else 1)
-        _, _, anchors, level = guesses
+    def propose(self, guesses, size):
+        """What `forward` returned -> the best `proposals` boxes [P, 4] of each image, twice as many
+        in training, by NMS in each level of its best anchors, six times as many (Mask R-CNN)."""
+        scores, deltas, anchors, level = guesses
         levels = [torch.where(level == k)[0] for k in range(len(self.strides))]
-        for scores, deltas in zip(*guesses[:2]):
-            best = torch.cat([i[scores[i].topk(min(6 * after, len(i))).indices] for i in levels])
-            boxes = ops.clip_boxes_to_image(decode(deltas[best], anchors[best]), image_size)
+        found, after = [], self.proposals * (2 if self.training else 1)
+        for s, d in zip(scores, deltas):
+            best = torch.cat([i[s[i].topk(min(6 * after, len(i))).indices] for i in levels])
+            boxes = ops.clip_boxes_to_image(decode(d[best], anchors[best]), size)
             large = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1  # a smaller box has no pixel
             boxes, best = boxes[large], best[large]
-            keep = ops.batched_nms(boxes, scores[best], level[best], self.nms_threshold)
+            keep = ops.batched_nms(boxes, s[best], level[best], self.nms_threshold)
             found.append(boxes[keep[:after]])
         return found
 
-    def losses(self, guesses, targets, image_size):
-        """Mask R-CNN's, of 256 anchors an image (positive: IoU >= 0.7 or the best of a thing,
-        negative: IoU < 0.3): cross entropy of scores; box loss of positives.
+    def losses(self, guesses, targets, size):
+        """Mask R-CNN's: cross entropy of the scores of 256 anchors an image, box loss of positives.
 
         Choice: the box loss is a mean over positives. Mask R-CNN and released code divide by 256:
         images with few things teach their boxes slowly. Short schedules need more."""
         (scores, deltas, anchors, _), score, box, count = guesses, 0, 0, 0
         for s, d, target in zip(scores, deltas, targets):
-            positive, negative, (_, gt, truncated, _) = sample(
-                anchors, target, self.isthing, high=0.7, low=0.3, rescue=True, count=self.samples,
-                share=0.5)
-            score = score + F.softplus(-s[positive]).sum() + F.softplus(s[negative]).sum()
-            box = box + self.box_loss(d[positive], gt, anchors[positive], beta=1 / 9,
-                                      crop_size=image_size, truncated=truncated).sum()
-            count += len(positive)
+            yes, no, (_, gt, cut, _) = sample(anchors, target, self.isthing, high=0.7, low=0.3,
+                                              rescue=True, count=self.samples, share=0.5)
+            score = score + F.softplus(-s[yes]).sum() + F.softplus(s[no]).sum()
+            box = box + self.box_loss(d[yes], gt, anchors[yes], beta=1 / 9, crop_size=size,
+                                      truncated=cut).sum()
+            count += len(yes)
         return {"rph_score": score / (self.samples * len(targets)), "rph_box": box / max(count, 1)}
 
 
@@ -284,7 +256,6 @@ class GroupNorm(nn.GroupNorm):
 class RegionSegmentationHead(nn.Module):
     """RSH: 14x14 RoIAlign, then two branches: void or thing category with a box for each, and a
     28x28 mask for each. isthing bool [C]; mask_loss of logits and 0/1 truth [P, 28, 28] -> scalar.
-
     The first layer takes 7x7 means, as in released code: all 14x14 features would be 38.5 M weights
     more. Deviation: released code has batch norm where the paper, and this file, has group norm."""
     nms_threshold = 0.5                                        # of Mask R-CNN
@@ -292,20 +263,18 @@ class RegionSegmentationHead(nn.Module):
     def __init__(self, isthing, body, canonical=224, rois=512, detections=100,
                  box_loss=smooth_l1_box_loss, mask_loss=F.binary_cross_entropy_with_logits):
         super().__init__()
-        self.strides, self.canonical = body.strides[:4], canonical
-        self.samples, self.detections = rois, detections
-        self.box_loss, self.mask_loss, self.things = box_loss, mask_loss, int(isthing.sum())
+        self.strides, self.canonical, self.rois = body.strides[:4], canonical, rois
+        self.detections, self.box_loss, self.mask_loss = detections, box_loss, mask_loss
         self.register_buffer("isthing", isthing, persistent=False)
-        c, hidden = body.channels, 4 * body.channels
+        self.register_buffer("number", new_numbers(isthing)[1:], persistent=False)  # 1.. of things
+        c, hidden, things = body.channels, 4 * body.channels, int(isthing.sum())
         self.fc = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(),
                                 nn.Linear(c * 49, hidden, bias=False), GroupNorm(hidden), leaky(),
                                 nn.Linear(hidden, hidden, bias=False), GroupNorm(hidden), leaky())
-        self.out = nn.Linear(hidden, 5 * self.things + 1)      # scores with void, deltas
-        convs = []
-        for _ in range(4):
-            convs += [nn.Conv2d(c, c, 3, padding=1, bias=False), GroupNorm(c), leaky()]
-        self.mask = nn.Sequential(*convs, nn.ConvTranspose2d(c, c, 2, stride=2, bias=False),
-                                  GroupNorm(c), leaky(), nn.Conv2d(c, self.things, 1))
+        self.out = nn.Linear(hidden, 5 * things + 1)           # scores with void, deltas
+        self.mask = nn.Sequential(*(conv_norm(c, c, 3, norm_layer=GroupNorm) for _ in range(4)),
+                                  nn.ConvTranspose2d(c, c, 2, stride=2, bias=False), GroupNorm(c),
+                                  leaky(), nn.Conv2d(c, things, 1))
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
@@ -318,46 +287,39 @@ class RegionSegmentationHead(nn.Module):
         pooled = rois.new_zeros(len(rois), features[4].shape[1], 14, 14)
         for k, stride in enumerate(self.strides, 1):
             at = torch.where(level == k)[0]
-            pooled[at] = ops.roi_align(features[stride].float(), rois[at], 14, 1 / stride,
-                                       sampling_ratio=1, aligned=True)
+            pooled[at] = ops.roi_align(features[stride].float(), rois[at], 14, 1 / stride, 1, True)
         return pooled
 
     def classify(self, pooled):
-        """-> logits [P, 1 + things] (void first), deltas [P, things, 4]: outputs / (10, 10, 5, 5),
-        since corrections of a proposal are small (Mask R-CNN)."""
-        x = self.out(self.fc(pooled)).float()
-        logits, deltas = x.split([self.things + 1, 4 * self.things], 1)
-        return logits, deltas.reshape(len(x), self.things, 4) / x.new_tensor([10, 10, 5, 5])
+        """-> logits [P, 1 + things] (void first) and deltas [P, things, 4]. Mask R-CNN's factors:
+        corrections of a proposal are small."""
+        logits, deltas = self.out(self.fc(pooled)).float().tensor_split(
+            [self.out.out_features // 5 + 1], 1)
+        return logits, deltas.unflatten(1, (-1, 4)) / deltas.new_tensor([10, 10, 5, 5])
 
-    def losses(self, features, proposals, targets, image_size):
-        """Mask R-CNN's, of 512 proposals an image, true boxes among them, at most a quarter
-        positive (IoU >= 0.5): cross entropy over void and things; box loss and mask loss of
-        positives for their true category.
+    def losses(self, features, proposals, targets, size):
+        """Mask R-CNN's, of 512 proposals an image, true boxes among them: cross entropy over void
+        and things; box loss and mask loss of positives for their true category.
 
         Choice: one beta for all deltas, so that any box loss fits. 10 l_0.1(z) is Mask R-CNN's
         l_1(10 z) for centres. For sizes it has l_1(5 z): ours weigh up to twice as much."""
-        rois, labels, truths = [], [], []
+        rows = []
         for boxes, target in zip(proposals, targets):
             boxes = torch.cat([boxes, thing_truth(target, self.isthing)[1]])
-            positive, negative, truth = sample(boxes, target, self.isthing, high=0.5, low=0.5,
-                                               count=self.samples, share=0.25)
-            rois.append(boxes[torch.cat([positive, negative])])
-            label = new_numbers(self.isthing)[1:][truth[3]]    # 1, 2, ... of things; 0 is void
-            labels.append(F.pad(label, (0, len(negative))))
-            truths.append(truth)
-        number, gt, truncated, categories = map(torch.cat, zip(*truths))
-        image = torch.cat([torch.full_like(label, i) for i, label in enumerate(labels)])
-        labels, pooled = torch.cat(labels), self.pool(features, rois)
+            yes, no, (number, *truth) = sample(boxes, target, self.isthing, high=0.5, low=0.5,
+                                               count=self.rois, share=0.25)
+            shapes = mask_targets(target.segments, number, boxes[yes])
+            rows.append((boxes[yes], boxes[no], *truth, shapes))
+        positive, negative, *truth = zip(*rows)
+        gt, cut, categories, shapes = map(torch.cat, truth)
+        pooled = torch.cat([self.pool(features, positive), self.pool(features, negative)])
         logits, deltas = self.classify(pooled)
-        positive = torch.where(labels > 0)[0]
-        boxes, n = torch.cat(rois)[positive], max(len(labels), 1)
-        box = self.box_loss(deltas[positive, labels[positive] - 1], gt, boxes, beta=0.1,
-                            crop_size=image_size, truncated=truncated)
-        truth = mask_targets(torch.stack([t.segments for t in targets]), image[positive], number,
-                             boxes=boxes)
+        p, n = len(gt), max(len(pooled), 1)
+        labels = F.pad(self.number[categories], (0, len(pooled) - p))           # 0 is void
+        own = deltas[torch.arange(p), labels[:p] - 1]
+        box = self.box_loss(own, gt, torch.cat(positive), beta=0.1, crop_size=size, truncated=cut)
         return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
-                "rsh_box": 10 * box.sum() / n,
-                **self.mask_losses(pooled[positive], categories, truth)}
+                "rsh_box": 10 * box.sum() / n, **self.mask_losses(pooled[:p], categories, shapes)}
 
     def mask_losses(self, pooled, categories, truth):
         """Of P positives, their truth 0/1 [P, 28, 28]. Released code leaves void pixels out."""
@@ -366,23 +328,21 @@ class RegionSegmentationHead(nn.Module):
 
     def masks(self, pooled, categories):
         """The mask of P boxes for one thing category each -> logits [P, 28, 28]."""
-        index = torch.arange(len(pooled), device=pooled.device)
-        return self.mask(pooled).float()[index, new_numbers(self.isthing)[1:][categories] - 1]
+        return self.mask(pooled).float()[torch.arange(len(pooled)), self.number[categories] - 1]
 
-    def detect(self, features, proposals, image_size, score_threshold=0.05):
+    def detect(self, features, proposals, size, score_threshold=0.05):
         """Section 3.5 up to the masks: proposals [P_b, 4] of each image -> a dictionary an image,
         best score first: boxes [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28]
-        (logits). A higher threshold removes detections and does not change the others: a box is
+        (logits). A higher threshold leaves out detections and does not change the others: a box is
         suppressed only by a box of higher score."""
-        counts = [len(p) for p in proposals]
+        counts, found = [len(p) for p in proposals], []
         logits, deltas = self.classify(self.pool(features, proposals))
-        found = []
         for p, s, d in zip(proposals, logits.softmax(1).split(counts), deltas.split(counts)):
             row, thing = torch.where(s[:, 1:].detach() > score_threshold)
-            boxes = ops.clip_boxes_to_image(decode(d[row, thing].detach(), p[row]), image_size)
-            score, keep = s[row, thing + 1], torch.where((boxes[:, 2:] > boxes[:, :2]).all(1))[0]
-            best = ops.batched_nms(boxes[keep], score[keep].detach(), thing[keep],
-                                   self.nms_threshold)
+            boxes, score = decode(d[row, thing].detach(), p[row]), s[row, thing + 1]
+            boxes = ops.clip_boxes_to_image(boxes, size)
+            keep = torch.where((boxes[:, 2:] > boxes[:, :2]).all(1))[0]
+            best = ops.batched_nms(boxes[keep], score[keep], thing[keep], self.nms_threshold)
             keep = keep[best[:self.detections]]
             found.append({"boxes": boxes[keep], "scores": score[keep],
                           "categories": torch.where(self.isthing)[0][thing[keep]]})
@@ -395,18 +355,15 @@ class RegionSegmentationHead(nn.Module):
         return [{**f, "masks": m} for f, m in zip(found, masks.split([len(b) for b in boxes]))]
 
 
-def mask_targets(segments, image, number, boxes, size=28):
-    """Is the centre of each cell of box p in segment number[p] of image[p]? segments [B, H, W] ->
-    0/1 [P, size, size]. No mask of H x W is made for one object."""
+def mask_targets(segments, number, boxes, size=28):
+    """Is the centre of each cell of box p in segment number[p] of a map [H, W]? 0/1 [P, 28, 28]."""
     cell = (torch.arange(size, device=boxes.device) + 0.5) / size
-    corner, sides = boxes[:, :2, None], (boxes[:, 2:] - boxes[:, :2])[:, :, None]
-    x, y = (corner + cell * sides).long().unbind(1)                             # [P, size] each
-    x, y = x.clamp(0, segments.shape[2] - 1), y.clamp(0, segments.shape[1] - 1)
-    found = segments[image[:, None, None], y[:, :, None], x[:, None]]
-    return (found == number[:, None, None]).float()
+    x, y = (boxes[:, :2, None] + cell * (boxes[:, 2:] - boxes[:, :2])[:, :, None]).long().unbind(1)
+    x, y = x.clamp(0, segments.shape[1] - 1), y.clamp(0, segments.shape[0] - 1)     # [P, size]
+    return (segments[y[:, :, None], x[:, None]] == number[:, None, None]).float()
 
 
-# --- 3.3 Semantic segmentation branch ---------------------------------------------------------
+# --- 3.3, 3.4 Semantic segmentation branch and its loss ---------------------------------------
 
 def plain_window_mean(x, window):
     """Average pooling with stride 1 without padding, then replication of the border."""
@@ -433,7 +390,7 @@ class MiniDL(nn.Module):
              .-> 3x3 ---------------------.
         x ---+-> 3x3, dilation 6 ---------+-> concatenate -> 3x3
              `-> mean of a window -> 1x1 -'
-    Deviation: in released code the last one is 1x1. Four have 4 x 384 x 128 x 8 weights less."""
+    Deviation: in released code the last one is 1x1: 4 x 384 x 128 x 8 weights less in all."""
 
     def __init__(self, c_in, channels=128, window=64):
         super().__init__()
@@ -457,18 +414,15 @@ class SemanticHead(nn.Module):
 
     def forward(self, features):
         first, *rest = (head(features[s]) for head, s in zip(self.heads, (4, 8, 16, 32)))
-        return self.out(torch.cat([first, *(resize_logits(m, first.shape[-2:]) for m in rest)], 1))
+        return self.out(torch.cat([first, *(resize_logits(m, first.shape[2:]) for m in rest)], 1))
 
-
-# --- 3.4 Training losses ----------------------------------------------------------------------
 
 def hardest_pixels_loss(logits, target, fraction=0.25):
     """L_ss = - sum_ij omega_ij log P_ij(Y_ij), mean over images: omega = tau = 4 / (W H) for the
     quarter of the pixels with the lowest P(Y), else 0. logits [B, C, H, W], target [B, H, W] with
     IGNORE for void. All void: 0 with gradients.
     Deviation: in released code void pixels, with loss 0, count among the W H. Here they do not."""
-    loss = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
-    total = 0
+    loss, total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none"), 0
     for pixels, known in zip(loss.flatten(1), (target != IGNORE).flatten(1).sum(1).tolist()):
         k = math.ceil(fraction * known)                        # k = W H / 4, so tau = 1 / k
         total = total + pixels.topk(k, sorted=False).values.sum() / max(k, 1)
@@ -476,24 +430,6 @@ def hardest_pixels_loss(logits, target, fraction=0.25):
 
 
 # --- 3.5 Testing and panoptic fusion ----------------------------------------------------------
-
-def at_size(found, image_size, size):
-    """Detections in an image of `image_size` -> the same at `size`, with masks bool [D, H, W]: is
-    the logit above 0, by bilinear interpolation, at the centre of a pixel that is in the box? This
-    is RoIAlign of the mask with a cell for each pixel."""
-    end = found["boxes"].new_tensor([size[1], size[0]] * 2)
-    boxes = found["boxes"] * (end / end.new_tensor([image_size[1], image_size[0]] * 2))
-    pixels = (boxes - 0.5).ceil().clamp(min=0).minimum(end)    # the first, and one after the last
-    corner, sides = boxes[:, :2].repeat(1, 2), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    rois = (pixels - corner) / sides.clamp(min=1e-6) * found["masks"].shape[-1]
-    masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
-    for i, (x1, y1, x2, y2) in enumerate(pixels.int().tolist()):
-        if x1 < x2 and y1 < y2:
-            value = ops.roi_align(found["masks"][i, None, None].float(), [rois[i, None]],
-                                  (y2 - y1, x2 - x1), sampling_ratio=1, aligned=True)
-            masks[i, y1:y2, x1:x2] = value[0, 0] > 0
-    return {**found, "boxes": boxes, "masks": masks}
-
 
 def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, overlap=0.5,
          stuff_area=4096):
@@ -519,13 +455,10 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
     return segments, *(torch.stack(tuple(v)) for v in kept)
 
 
-# --- The whole network ------------------------------------------------------------------------
-
 class Seamless(nn.Module):
-    """Figure 1, right. isthing bool [C]; body from `resnet_fpn`: its width sets the widths of the
-    heads. canonical: the size in pixels of an object for stride 16. rois: proposals an image to
-    learn from. proposals: how many the region head gets at test time. window: of MiniDL.
-    score_threshold, stuff_area: of `fuse`. Losses are functions."""
+    """Figure 1, right. isthing bool [C]; body from `resnet_fpn`: its width sets those of the heads.
+    canonical: the size in pixels of an object for stride 16. rois, proposals: how many proposals
+    the region head gets in training and at test time. window: of MiniDL. Losses are functions."""
 
     def __init__(self, isthing, body, box_loss=smooth_l1_box_loss, canonical=224, anchor_scale=8,
                  ratios=(0.5, 1, 2), rois=512, proposals=1000, window=64, detections=100,
@@ -534,16 +467,15 @@ class Seamless(nn.Module):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
         if not isthing.any():
-            raise ValueError("no category is a thing: there is nothing for the instance branch; "
-                             "use the body and SemanticHead alone")
+            raise ValueError("no category is a thing: use the body and SemanticHead alone")
         self.register_buffer("isthing", isthing, persistent=False)
         self.body, self.semantic_loss = body, semantic_loss
         self.score_threshold, self.stuff_area = score_threshold, stuff_area
         self.proposal_head = RegionProposalHead(isthing, body, anchor_scale, ratios=ratios,
                                                 proposals=proposals, box_loss=box_loss)
-        self.region_head = RegionSegmentationHead(isthing, body, canonical, rois=rois,
-                                                  detections=detections, box_loss=box_loss,
-                                                  mask_loss=mask_loss)
+        self.region_head = RegionSegmentationHead(
+            isthing, body, canonical, rois=rois, detections=detections, box_loss=box_loss,
+            mask_loss=mask_loss)
         self.semantic_head = SemanticHead(body.channels, len(isthing), body.channels // 2, window)
 
     def losses(self, images, targets):
@@ -552,32 +484,49 @@ class Seamless(nn.Module):
         losses, _ = self.detection_losses(features, targets, size)
         return {**losses, **self.semantic_losses(self.semantic_head(features), targets, size)}
 
-    def detection_losses(self, features, targets, image_size):
+    def detection_losses(self, features, targets, size):
         """-> the losses of both heads of the instance branch, and the proposals of each image."""
-        guesses = self.proposal_head(features, image_size)
-        proposals = self.proposal_head.propose(guesses, image_size)
-        return {**self.proposal_head.losses(guesses, targets, image_size),
-                **self.region_head.losses(features, proposals, targets, image_size)}, proposals
+        guesses = self.proposal_head(features, size)
+        proposals = self.proposal_head.propose(guesses, size)
+        return {**self.proposal_head.losses(guesses, targets, size),
+                **self.region_head.losses(features, proposals, targets, size=size)}, proposals
 
-    def semantic_losses(self, logits, targets, image_size):
+    def semantic_losses(self, logits, targets, size):
         """Of the semantic logits [B, C, h, w]."""
         truth = torch.stack([semantic_target(t) for t in targets])
-        return {"semantic": self.semantic_loss(resize_logits(logits.float(), image_size), truth)}
+        return {"semantic": self.semantic_loss(resize_logits(logits.float(), size), truth)}
 
-    def detect(self, features, image_size):
-        """Detections of each image, see `RegionSegmentationHead.detect`."""
-        proposals = self.proposal_head.propose(self.proposal_head(features, image_size), image_size)
-        return self.region_head.detect(features, proposals, image_size)
+    def detect(self, features, size):
+        """What `RegionSegmentationHead.detect` finds in images of this size."""
+        proposals = self.proposal_head.propose(self.proposal_head(features, size), size)
+        return self.region_head.detect(features, proposals, size)
+
+    @staticmethod
+    def at_size(found, old, new):
+        """Detections in an image of size `old` -> the same at size `new`, with masks bool [D, H,
+        W]: is the logit above 0, by bilinear interpolation, at the centre of a pixel in the box?
+        This is RoIAlign of the mask with a cell for each pixel."""
+        end = found["boxes"].new_tensor([new[1], new[0]] * 2)
+        boxes = found["boxes"] * (end / end.new_tensor([old[1], old[0]] * 2))
+        pixels = (boxes - 0.5).ceil().clamp(min=0).minimum(end)    # first, and one after the last
+        corner, sides = boxes[:, :2].repeat(1, 2), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        rois = (pixels - corner) / sides.clamp(min=1e-6) * found["masks"].shape[-1]
+        masks = torch.zeros(len(boxes), *new, dtype=torch.bool, device=boxes.device)
+        for i, (x1, y1, x2, y2) in enumerate(pixels.int().tolist()):
+            if x1 < x2 and y1 < y2:
+                value = ops.roi_align(found["masks"][i, None, None].float(), [rois[i, None]],
+                                      (y2 - y1, x2 - x1), sampling_ratio=1, aligned=True)
+                masks[i, y1:y2, x1:x2] = value[0, 0] > 0
+        return {**found, "boxes": boxes, "masks": masks}
 
     @torch.no_grad()
     def predict(self, image, size=None):
         """image [3, H, W] -> Prediction at `size`, the image's own if None. Masks and logits are
         interpolated straight to it: a resized label map would have less detail.
-
         Choice: `stuff_area` is for 1024x2048 pixels and grows with the area of the image."""
-        features, image_size = self.body(image[None]), image.shape[-2:]
-        size = size or image_size
-        found = at_size(self.detect(features, image_size)[0], image_size, size)
+        features, own = self.body(image[None]), image.shape[-2:]
+        size = size or own
+        found = self.at_size(self.detect(features, own)[0], own, size)
         semantic = resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
         fused = fuse(found["masks"], found["scores"], found["categories"], semantic=semantic,
                      isthing=self.isthing, score_threshold=self.score_threshold,
@@ -608,8 +557,8 @@ if __name__ == "__main__":
     command_line(demo, __doc__, quick="ten steps, four scenes", full="1500 steps, 200 scenes")
 
 # Exercises
-# 1. Let anchors leave the image: make `inside` all True. Which test fails? What happens to the boxes
-#    of things that a crop has cut?
+# 1. Let anchors leave the image: make `inside` all True. Which test fails? What happens to the
+#    boxes of things that a crop has cut?
 # 2. Train on all pixels: fraction=1.0 in `hardest_pixels_loss`. Which categories of the toy street
 #    lose most, the large or the small?
 # 3. Let `fuse` take the lowest score first. Predict the PQ of persons in front of cars.
