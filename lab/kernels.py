@@ -8,7 +8,8 @@ Panoptic Segmentation", CVPR 2021), one of the two networks that ibs.py is tried
 A peak of the heat of a thing category is one object, and the kernel of its cell is the embedding.
 Stuff has one embedding for each category: the mean kernel of its region.
 
-This is a small network, not the released one. Each difference is one `Deviation:` below.
+This is a small network. Where the released code of de Geus and Dubbelman, which builds on Panoptic
+FCN's, does something else, a line `Deviation:` says so.
 """
 import math
 from typing import NamedTuple
@@ -38,17 +39,17 @@ def add_coordinates(x):
     separates look-alikes, but only at distances that occur in its crops."""
     (h, w), like = x.shape[-2:], dict(device=x.device, dtype=x.dtype)
     rows, columns = ((torch.arange(n, **like) * 2 + 1) / n - 1 for n in (h, w))
-    y, x_ = rows[:, None].expand(h, w), columns.expand(h, w)
-    return torch.cat([x, torch.stack([y, x_]).expand(len(x), -1, -1, -1)], 1)
+    place = torch.stack([rows[:, None].expand(h, w), columns.expand(h, w)])
+    return torch.cat([x, place.expand(len(x), -1, -1, -1)], 1)
 
 
 def mask_loss(logits, truth, known):
     """Dice + cross entropy of masks; shapes as in `dice`.
 
-    Deviation: Panoptic FCN has the dice alone. Where all logits of a mask are far below 0 the dice
-    has no gradient left, as p (1 - p) has none. By dice alone the ground of the parking lot died in
-    about every second run: at logits of -27 everywhere, it never came back. There the cross entropy
-    still has its full gradient."""
+    Deviation: Panoptic FCN has the dice alone. Where all logits of a mask are far below 0, its
+    gradient vanishes, for it has a factor p (1 - p). In about every second run on the parking lot
+    the ground's mask ended at logits of -27 everywhere. The cross entropy still has its full
+    gradient there."""
     return dice(logits, truth, known) + cross_entropy(logits, truth, known)
 
 
@@ -95,12 +96,13 @@ class Kernels(nn.Module):
     detections: the largest number of peaks.
     weights: of the losses "position" and "mask".
 
-    Seven positions, weights 1 and 3 and a cosine of 0.9 are Panoptic FCN's (for COCO; the released
-    IBS code has 0.97 on Cityscapes, 0.95 on Vistas).
+    Seven positions, weights 1 and 3 and a cosine of 0.9 are Panoptic FCN's for COCO. The released
+    code has a weight of 4 and a cosine of 0.97 on Cityscapes, 3 positions and 0.95 on Vistas.
     Deviation: the released code has five levels, p3 to p7. Their ranges of sizes overlap (1 to 128,
-    64 to 256 pixels, ...), so that a thing may train on two of them.
-    Deviation: its heads have three convolutions of 256 channels and embeddings of 256 numbers.
-    Here two convolutions are as wide as the embedding.
+    64 to 256 pixels, ...), so that a thing may train on two of them. Here a thing has one level;
+    with the 224 of the Cityscapes recipe all things below 224 pixels are at stride 8.
+    Deviation: its heads have three convolutions of 256 channels, its embeddings 256 numbers. Here
+    two convolutions are as wide as the embedding.
     Deviation: its position head has no coordinates. Here both heads have them.
     Deviation: its heat starts at p = 0.1, here at p = 0.01, as in the focal loss's own paper."""
     strides = (8, 16, 32)
@@ -198,9 +200,9 @@ class Kernels(nn.Module):
 
         "position" is a mean over crops, "mask" over the segments of the batch. The mask of a thing
         costs the weighted mean of what its kernels cost one by one.
-        Choice: intra-batch supervision gets the weighted MEAN of a thing's kernels.
-        Deviation: the released code applies it to each kernel by itself. Inference uses single
-        kernels, and two of logits +10 and -30 in another crop cost 7e-14 as a mean, 3.75 apart."""
+        Deviation: the embedding of a thing, which intra-batch supervision gets, is the weighted
+        mean of its kernels. The released code supervises each kernel, and inference uses single
+        ones: two of logits 10 and -30 in another crop cost 7e-14 as a mean, 3.75 one by one."""
         maps = self.maps(pyramid)
         position, mask, embeddings, is_thing = [], [], [], []
         for b, target in enumerate(targets):
@@ -234,10 +236,11 @@ class Kernels(nn.Module):
         best `detections`, fused. Stuff: the mean kernel of all cells above the threshold.
         Deviation: the released code smooths the heat before it looks for peaks, and multiplies the
         score of a thing by the mean probability in its mask.
-        Deviation, known to do harm: its stuff categories compete in each cell (argmax). Here each
-        takes every cell above 0.3, the ground also those of vehicles, while training averages over
-        the true region. On whole images of the parking lot (280 steps, one seed) the ground's mask
-        has an IoU of 0.37 with these cells, 0.64 with the true ones."""
+        Deviation: its stuff categories compete in each cell (argmax). Here each takes every cell
+        above the threshold. This is a known defect: training averages over the true region, but in
+        inference the ground takes cells of vehicles too. On whole images of the parking lot (280
+        steps) the ground's mask has an IoU of 0.37 with these cells and of 0.64 with the true
+        ones."""
         things = self.isthing[:, None, None]
         peaks, stuff_heat, cells = [], [], []
         for heat, kernel in self.maps(pyramid):
@@ -268,10 +271,11 @@ def fuse_kernels(kernels, scores, categories, similarity=0.9):
     kernels and the score of the first. A kernel that has joined another cannot absorb others."""
     unit = F.normalize(kernels, dim=1)
     alike = (unit @ unit.T > similarity) & (categories[:, None] == categories)
-    first = []                                                 # of each one's object
+    leader = []                                                # the first kernel of each's object
     for i, row in enumerate(alike.tolist()):                   # one transfer: a GPU waits once
-        first.append(next((j for j in range(i) if row[j] and first[j] == j), i))
-    first = torch.tensor(first, dtype=torch.long, device=kernels.device)
-    lead = torch.unique(first)
-    member = (first == lead[:, None]).float()                  # [objects, N]
-    return member @ kernels / member.sum(1, keepdim=True), scores[lead], categories[lead]
+        leader.append(next((j for j in range(i) if row[j] and leader[j] == j), i))
+    leader = torch.tensor(leader, dtype=torch.long, device=kernels.device)
+    objects = torch.unique(leader)
+    member = (leader == objects[:, None]).float()              # [objects, N]
+    mean = member @ kernels / member.sum(1, keepdim=True)
+    return mean, scores[objects], categories[objects]

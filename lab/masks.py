@@ -75,14 +75,14 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
         best, winner = torch.where(better, value, best), torch.where(better, k, winner)
         inside = torch.where(better, mask, inside)
     kept = torch.bincount(winner[inside], minlength=n)
-    alive = (kept > 0) & (kept >= overlap * area)
+    chosen = (kept > 0) & (kept >= overlap * area)
     numbers = {}                                               # of each thing and stuff category
     number = torch.zeros(n + 1, dtype=torch.long, device=device)          # of mask k at k + 1
-    for k, thing in zip(torch.where(alive)[0].tolist(), isthing[categories[alive]].tolist()):
+    for k, thing in zip(torch.where(chosen)[0].tolist(), isthing[categories[chosen]].tolist()):
         key = ("mask", k) if thing else ("stuff", int(categories[k]))
         number[k + 1] = numbers.setdefault(key, len(numbers) + 1)
     segments = torch.where(inside, number[winner + 1], 0)
-    # The category and the best score of each number; entry 0 belongs to masks that have died.
+    # The category and the best score of each number. Entry 0 belongs to the other masks: dropped.
     names, values = categories.new_zeros(len(numbers) + 1), scores.new_zeros(len(numbers) + 1)
     names = names.scatter(0, number[1:], categories)[1:]
     values = values.scatter_reduce(0, number[1:], scores, "amax")[1:]

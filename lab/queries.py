@@ -8,7 +8,8 @@ Universal Image Segmentation", CVPR 2022), one of the two networks that ibs.py i
 A query is a vector that is learned. In each layer it reads the cells of one level of the pyramid,
 but only those inside the mask that it has after the layer before (masked attention).
 
-This is a small network, not the released one. Each difference is one `Deviation:` below.
+This is a small network. Where the released code of de Geus and Dubbelman, which builds on
+Mask2Former's, does something else, a line `Deviation:` says so.
 """
 import math
 
@@ -58,6 +59,8 @@ class Queries(nn.Module):
     def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1,
                  weights=(2.0, 5.0, 5.0), things_only=False):
         super().__init__()
+        if channels % heads or channels % 4:
+            raise ValueError(f"channels={channels} must be a multiple of heads={heads} and of 4")
         c = channels
         weight = torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])])
         self.register_buffer("isthing", isthing, persistent=False)
@@ -88,16 +91,18 @@ class Queries(nn.Module):
         q, place = (table.weight.expand(len(features), -1, -1)
                     for table in (self.query, self.place))
         found = [self.answer(q)]
-        for i, (cross, own, feed, norms) in enumerate(zip(
-                self.cross_attention, self.self_attention, self.feed_forward, self.norms)):
+        for i, norms in enumerate(self.norms):
             k = i % len(self.strides)
             x = self.inputs[k](pyramid[self.strides[k]]) + self.level.weight[k][:, None, None]
             cells, keys = x.flatten(2).mT, (x + sine(x)).flatten(2).mT    # [B, hw, C]
             hidden = self.hidden_cells(found[-1][1], features, x.shape[-2:])
             hidden = hidden.repeat_interleave(self.heads, 0)              # [B heads, N, hw]
-            q = norms[0](q + cross(q + place, keys, cells, attn_mask=hidden, need_weights=False)[0])
-            q = norms[1](q + own(q + place, q + place, q, need_weights=False)[0])
-            q = norms[2](q + feed(q))
+            heard = self.cross_attention[i](q + place, keys, cells, attn_mask=hidden,
+                                            need_weights=False)[0]
+            q = norms[0](q + heard)
+            heard = self.self_attention[i](q + place, q + place, q, need_weights=False)[0]
+            q = norms[1](q + heard)
+            q = norms[2](q + self.feed_forward[i](q))
             found.append(self.answer(q))
         return found
 
@@ -157,17 +162,17 @@ class Queries(nn.Module):
             segment, query = self.match(
                 logits[b], x, t.categories[rows], masks=masks[rows], known=known)
             rows = rows[segment]
-            category = torch.full((len(x),), len(self.isthing), device=x.device)         # no object
+            category = torch.full((len(x),), len(self.isthing), device=x.device)     # "no object"
             category[query] = t.categories[rows]
             categories.append(category)
             entropy.append(cross_entropy(x[query], masks[rows], known))
             overlap.append(dice(x[query], masks[rows], known))
             matched.append(embeddings[b, query])
             is_thing.append(self.isthing[t.categories[rows]])
-        n = max(sum(len(e) for e in entropy), 1)
-        losses = {"class": F.cross_entropy(logits.flatten(0, 1), torch.cat(categories),
-                                           self.class_weight),
-                  "mask": torch.cat(entropy).sum() / n, "dice": torch.cat(overlap).sum() / n}
+        entropy, overlap, categories = map(torch.cat, (entropy, overlap, categories))
+        n = max(len(entropy), 1)
+        losses = {"class": F.cross_entropy(logits.flatten(0, 1), categories, self.class_weight),
+                  "mask": entropy.sum() / n, "dice": overlap.sum() / n}
         return losses, matched, is_thing
 
     @torch.no_grad()

@@ -6,9 +6,9 @@ G. Dubbelman, "Intra-Batch Supervision for Panoptic Segmentation on High-Resolut
 
     masks = sigmoid(E F)          for things and stuff alike
 
-The paper tries two such networks, which differ in where E comes from: Panoptic FCN (lab/kernels.py)
-and Mask2Former (lab/queries.py). Both are here in a small form: from those networks' own papers as
-commonly known, and from what the released code of this paper does.
+The paper tries two such networks: Panoptic FCN (lab/kernels.py) and Mask2Former (lab/queries.py).
+They differ in where E comes from, called the family here. Both are small, after what is commonly
+known of these networks and what the released code of this paper does.
 """
 import torch
 import torch.distributed as dist
@@ -55,12 +55,12 @@ class UnifiedNet(nn.Module):
     section 4.2 wants of the pairs of ibs.PairedCropSampler. Crops of any other sampler are drawn
     independently, so that this partner is as random as any. False: any other crop (section 4.1).
     score_threshold, overlap, stuff_area: see `merge`; stuff_area counts pixels at 1024x2048 and is
-    scaled with the image. A cell of less heat than score_threshold is no peak of Kernels either.
+    scaled with the image. Kernels uses no cell of less heat than score_threshold.
 
-    Deviation: the released weights of the loss are larger, as are those of its neighbours: 4 on
-    Cityscapes and 15 on Vistas for kernels, 50 and 100 on each layer for queries. Recipes have 1 or
-    2 here. For queries the released partner is always random, even with the pair sampler.
-    Choice: stuff of at least 4096 pixels, as in seamless.py (released code for kernels: 2048)."""
+    Deviation: the released code has larger weights, see ibs.ibs_loss. For queries its partner is
+    always random, and drawn anew for each layer, even with the sampler of pairs.
+    Choice: stuff has at least 4096 pixels, as in seamless.py. Deviation: the released code for
+    kernels has 2048."""
 
     def __init__(self, isthing, body, family, channels=64, ibs_weight=0.0, paired=True,
                  score_threshold=0.3, overlap=0.5, stuff_area=4096, **settings):
@@ -123,7 +123,8 @@ class UnifiedNet(nn.Module):
                 decay = fit["decay"] if fit["decay_norms"] or p.ndim > 1 else 0.0
                 lr = fit["lr_body" if id(p) in resnet else "lr"]
                 groups.setdefault((id(p) in resnet, decay, lr), []).append(p)
-        groups = [dict(params=p, weight_decay=decay, lr=lr)    # the ResNet last: the log shows lr
+        # The ResNet comes last: a run's log shows the rate of the first group.
+        groups = [dict(params=p, weight_decay=decay, lr=lr)
                   for (_, decay, lr), p in sorted(groups.items(), key=lambda group: group[0][0])]
         optimiser = (torch.optim.AdamW(groups) if queries else
                      torch.optim.SGD(groups, momentum=0.9, nesterov=True))
