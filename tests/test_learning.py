@@ -95,7 +95,7 @@ def test_the_affinity_head_gives_objects_back_what_their_boxes_cut_off(tmp_path)
     out = run(ROOT / "affinity_head.py", cwd=tmp_path)
     rows = [(x[:32].strip(), float(x.split()[-3])) for x in out.splitlines()
             if x.startswith("  ") and "|" not in x]
-    small, large = dict(rows[:3]), dict(rows[3:])
+    small, large = dict(rows[:4]), dict(rows[4:])
     assert small["affinity head"] >= small["argmax over the potential"] + 5
     assert large["head, A Psi / HW"] > large["head, A Psi as a sum"]
     assert large["head, A Psi / HW"] > large["argmax over the potential"]
