@@ -27,11 +27,11 @@ def dice(logits, truth, known):
 
         1 - 2 sum(p y) / (sum(p^2) + sum(y^2))
 
-    [.., h, w] each -> [..]; truth and known are broadcast. Where both sums are 0 it is 1."""
+    [.., h, w] each -> [..]; truth and known, 0 or 1, are broadcast. Of an empty truth it is 1."""
     p = logits.float().sigmoid() * known
     y = truth * known
     squares = (p * p).sum((-2, -1)) + (y * y).sum((-2, -1))
-    return 1 - 2 * (p * y).sum((-2, -1)) / squares.clamp(min=1e-3)
+    return 1 - 2 * (p * y).sum((-2, -1)) / squares.clamp(min=1)           # 1 - 0 / 1 if y is empty
 
 
 def cross_entropy(logits, truth, known):

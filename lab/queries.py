@@ -189,11 +189,11 @@ class Queries(nn.Module):
             # Of all pairs by matrix products, [N, G]: sums of log(1 + e^x) - x y, and of p y.
             entropy = ((F.softplus(x) * k).sum(1)[:, None] - (x * k) @ y.T) / k.sum().clamp(min=1)
             squares = (p * p).sum(1)[:, None] + (y * y).sum(1)
-            overlap = 1 - 2 * (p @ y.T) / squares.clamp(min=1e-3)
+            overlap = 1 - 2 * (p @ y.T) / squares.clamp(min=1)
         w_class, w_mask, w_dice = self.weights
         cost = -w_class * logits.softmax(1)[:, categories] + w_mask * entropy + w_dice * overlap
         # A network that has diverged has NaN costs. Its loss is NaN and tells so; matching goes on.
-        cost = np.nan_to_num(cost.cpu().numpy(), nan=0.0, posinf=1e6, neginf=-1e6)
+        cost = np.nan_to_num(cost.cpu().numpy(), nan=0, posinf=10 ** 6, neginf=-10 ** 6)
         query = torch.as_tensor(assign(-cost.T), device=x.device)         # [G], -1: left over
         segment = torch.where(query >= 0)[0]
         return segment, query[segment]
