@@ -60,8 +60,9 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
 
     Masks are enlarged one at a time: 100 of them take 800 MB at 1024x2048.
     Deviation: Mask2Former merges likewise, but in step 3 its released code counts every pixel that
-    a mask wins in step 2, also where the probability is at most 1/2. Panoptic FCN places things one
-    by one, and fills what they leave with stuff: the released code does not merge as here."""
+    a mask wins in step 2, also where the probability is at most 1/2.
+    Deviation: Panoptic FCN's places things one by one, by falling score, and drops one of which
+    more than `overlap` is taken. Stuff fills the rest."""
     device, n = logits.device, len(logits)
     best = torch.zeros(size, device=device)
     winner = torch.full(size, -1, dtype=torch.long, device=device)
@@ -76,16 +77,16 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
         inside = torch.where(better, mask, inside)
     kept = torch.bincount(winner[inside], minlength=n)
     chosen = (kept > 0) & (kept >= overlap * area)
-    numbers = {}                                               # of each thing and stuff category
     number = torch.zeros(n + 1, dtype=torch.long, device=device)          # of mask k at k + 1
-    for k, thing in zip(torch.where(chosen)[0].tolist(), isthing[categories[chosen]].tolist()):
-        key = ("mask", k) if thing else ("stuff", int(categories[k]))
-        number[k + 1] = numbers.setdefault(key, len(numbers) + 1)
+    given = {}                                                 # numbers of things and stuff so far
+    for k, c in zip(torch.where(chosen)[0].tolist(), categories[chosen].tolist()):
+        key = ("thing", k) if isthing[c] else ("stuff", c)
+        number[k + 1] = given.setdefault(key, len(given) + 1)
     segments = torch.where(inside, number[winner + 1], 0)
-    # The category and the best score of each number. Entry 0 belongs to the other masks: dropped.
-    names, values = categories.new_zeros(len(numbers) + 1), scores.new_zeros(len(numbers) + 1)
+    # The category and the best score of each number. Entry 0 belongs to masks without a number.
+    names, values = categories.new_zeros(len(given) + 1), scores.new_zeros(len(given) + 1)
     names = names.scatter(0, number[1:], categories)[1:]
     values = values.scatter_reduce(0, number[1:], scores, "amax")[1:]
-    area = torch.bincount(segments.flatten(), minlength=len(numbers) + 1)[1:]
+    area = torch.bincount(segments.flatten(), minlength=len(given) + 1)[1:]
     keep = isthing[names] | (area >= stuff_area)
     return new_numbers(keep)[segments], names[keep], values[keep]
