@@ -79,7 +79,7 @@ def show_predictions(path, shown, categories):
     """A sheet: each row an image, its label and a prediction. shown: rows (Sample, Prediction)."""
     with figure_of(path, len(shown), 3, size=(15, 2.6 * len(shown))) as axes:
         for (sample, prediction), row in zip(shown, axes):
-            row[0].imshow(sample.image.permute(1, 2, 0))
+            row[0].imshow(sample.image.permute(1, 2, 0).numpy())
             row[0].axis("off")
             draw(sample.image, sample.segments, sample.categories, categories, ax=row[1])
             draw(sample.image, prediction.segments, prediction.categories, categories, ax=row[2])

@@ -1,10 +1,12 @@
-"""Readers of Cityscapes, IDD, COCO panoptic and Mapillary Vistas; writers of COCO's panoptic
-format.
+"""Readers of Cityscapes, IDD, COCO panoptic and Mapillary Vistas; a writer of COCO's format.
 
 Each reader is a sequence of Samples in the official layout of its data set. An empty or damaged
 folder ends in one sentence that says what is missing.
-"""
 
+Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR 2016. Varma et
+al., "IDD: A Dataset for Exploring Problems of Autonomous Navigation in Unconstrained Environments",
+WACV 2019. Kirillov et al., "Panoptic Segmentation", CVPR 2019 (the format of JSON and PNG).
+"""
 import json
 from pathlib import Path
 
@@ -43,67 +45,53 @@ def read_file(path, mode=None):
                 raise DataError(f"{path} has pixels of mode {image.mode}, whose range is unknown: "
                                 "convert it to 8 bits a channel")
             return np.array(ImageOps.exif_transpose(image).convert(mode) if mode else image)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path} is missing: correct the path, or unpack the data set again"
                         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        if isinstance(e, DataError):
-            raise
         raise DataError(f"{path} is no readable image ({e}): copy it again from its source"
                         ) from None
 
 
 def read_image(path):
-    """Any image file of 8 bits a channel -> float32 [3, H, W] in 0..1, RGB; DataError if it is none.
-
-    A camera's EXIF orientation is applied."""
+    """Any image file of 8 bits a channel -> float32 [3, H, W] in 0..1, RGB; DataError if it is not
+    one. A camera's EXIF orientation is applied."""
     return torch.from_numpy(read_file(path, "RGB")).permute(2, 0, 1).float() / 255
 
 
 class Folder:
-    """A data set on disk: `.files` lists (name, image, label or None), `.read(i)` returns a label's
-    ids and rows."""
+    """A data set on disk. `.files` lists (name, image, label or None). `.read(i)` returns a label:
+    ids [H, W] and rows (id, category, crowd)."""
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        name, image, label = self.files[i]
-        image = read_image(image)
+        name, image_file, label_file = self.files[i]
+        image = read_image(image_file)
         segments, categories, crowd = self.labels(i)
         if segments.shape != image.shape[1:]:
-            raise DataError(
-                f"{label} has height and width {tuple(segments.shape)} but {image} has "
-                f"{tuple(image.shape[1:])}: take label and image from the same archive"
-            )
+            raise DataError(f"{label_file} has height and width {tuple(segments.shape)} but "
+                            f"{image_file} has {tuple(image.shape[1:])}: take label and image from "
+                            "the same archive")
         return Sample(image, segments, categories, crowd, name)
 
     def labels(self, i):
         """(segments, categories, crowd) of image i without decoding the image; all void where there
         is no label."""
         if self.files[i][2] is None:
-            with Image.open(self.files[i][1]) as image:  # reads no more than its header
-                return (
-                    torch.zeros(image.size[::-1], dtype=torch.long),
-                    torch.zeros(0).long(),
-                    torch.zeros(0).bool(),
-                )
-        ids, rows = self.read(i)  # [H, W] and (id, category, crowd) each
-        number, found, seen = (
-            np.zeros(2**24, np.int64),
-            [],
-            {},
-        )  # the system hands out only pages we touch
+            none = torch.zeros(0, dtype=torch.long)
+            with Image.open(self.files[i][1]) as image:        # reads no more than its header
+                return torch.zeros(image.size[::-1], dtype=torch.long), none, none.bool()
+        ids, rows = self.read(i)
+        number, found, stuff = np.zeros(2**24, np.int64), [], {}       # pages come when touched
         for id, category, crowd in rows:
-            if (
-                self.categories[category].isthing or category not in seen
-            ):  # stuff: one segment of a category
+            thing = self.categories[category].isthing
+            if thing or category not in stuff:                 # stuff: one segment of a category
                 found.append((category, crowd))
-            number[id] = (
-                len(found)
-                if self.categories[category].isthing
-                else seen.setdefault(category, len(found))
-            )
+            number[id] = len(found) if thing else stuff.setdefault(category, len(found))
         found = torch.tensor(found, dtype=torch.long).reshape(-1, 2)
         return torch.from_numpy(number[ids]), found[:, 0].contiguous(), found[:, 1].bool()
 
@@ -119,13 +107,12 @@ class Cityscapes(Folder):
 
     def __init__(self, root, split, table="cityscapes"):
         text, things, self.known, ending = TABLES[table]
-        rows = [row.rsplit(" ", 4) for row in text.replace(",\n", ", ").split(", ")]
-        self.category_ids = [int(row[1]) for row in rows]
-        self.categories = [
-            Category(name, int(id) in things, (int(r), int(g), int(b)))
-            for name, id, r, g, b in rows
-        ]
-        folder, self.files = Path(root, "leftImg8bit", split), []
+        self.category_ids, self.categories, self.files = [], [], []
+        for row in text.strip().replace("\n", " ").split(", "):
+            name, id, *colour = row.rsplit(" ", 4)
+            self.category_ids.append(int(id))
+            self.categories.append(Category(name, int(id) in things, tuple(map(int, colour))))
+        folder = Path(root, "leftImg8bit", split)
         for image in sorted(folder.glob("*/*_leftImg8bit.*")):
             name = image.name.rsplit("_leftImg8bit", 1)[0]
             label = Path(root, "gtFine", split, image.parent.name, name + ending)
@@ -141,9 +128,10 @@ class Cityscapes(Folder):
                             "leftImg8bit and gtFine")
 
     def read(self, i):
+        """The ids of label i and its rows (id, category, crowd); see Folder."""
         label, rows = self.files[i][2], []
         ids = read_file(label)
-        for id in np.flatnonzero(np.bincount(ids.ravel())).tolist():      # np.unique would sort
+        for id in np.flatnonzero(np.bincount(ids.ravel())).tolist():   # np.unique would sort
             official = id // 1000 if id >= 1000 else id
             if official not in self.known:
                 raise DataError(f"{label} has the id {id}, which is no known label: take an "
@@ -160,17 +148,14 @@ class CocoPanoptic(Folder):
     COCO and your own: root/annotations/panoptic_<split>.json, a folder of that name of PNGs, images
     in root/<split>. Mapillary Vistas: root/<split>/v2.0/panoptic/panoptic_2020.json (or v1.2,
     panoptic_2018.json), root/<split>/images. Categories are numbered in the JSON's order;
-    `.category_ids` and `.image_ids` (by name) keep official numbers.
-    """
+    `.category_ids` and `.image_ids` (by name) keep official numbers."""
 
     def __init__(self, root, split):
         root, self.files, self.infos, self.image_ids = Path(root), [], [], {}
-        paths = [
-            root / f"annotations/panoptic_{split}.json",
-            root / split / "v2.0/panoptic/panoptic_2020.json",
-            root / split / "v1.2/panoptic/panoptic_2018.json",
-            root / split / "panoptic/panoptic_2018.json",
-        ]
+        paths = [root / f"annotations/panoptic_{split}.json",
+                 root / split / "v2.0/panoptic/panoptic_2020.json",
+                 root / split / "v1.2/panoptic/panoptic_2018.json",
+                 root / split / "panoptic/panoptic_2018.json"]
         path = next((p for p in paths if p.exists()), None)
         folder = next((f for f in (root / split / "images", root / split) if f.is_dir()), None)
         if folder is None:
@@ -179,33 +164,28 @@ class CocoPanoptic(Folder):
         if path is None and not split.startswith("test"):
             raise DataError(f"{folder} has images but there is no {paths[0]}: unpack the panoptic "
                             "annotations there")
-        others = sorted(root.glob("annotations/panoptic_*.json"))         # for a test set's categories
+        others = sorted(root.glob("annotations/panoptic_*.json"))      # a test set's categories
         source = path or next(iter(others), None)
+        again = "copy it again from the data set's archive"
         try:
             content = json.loads(source.read_text()) if source else {"categories": []}
             self.take(content, folder, path)
         except ValueError as e:
-            raise DataError(f"{source} is no readable JSON ({e}): copy it again from the data set's "
-                            "archive") from None
+            raise DataError(f"{source} is no readable JSON ({e}): {again}") from None
         except (KeyError, TypeError, AttributeError) as e:
             raise DataError(f"{source} is no panoptic JSON of COCO's format ({type(e).__name__}: "
-                            f"{e}): copy it again from the data set's archive") from None
+                            f"{e}): {again}") from None
 
     def take(self, content, folder, path):
         """Keeps what the JSON says. KeyError or TypeError where it lacks what the format has."""
         self.category_ids = [c["id"] for c in content["categories"]]
-        colours = [
-            c.get("color", (91 * k % 256, 53 * k % 256, 99))
-            for k, c in enumerate(content["categories"], 1)
-        ]
-        self.categories = [
-            Category(c["name"], bool(c["isthing"]), tuple(colour))
-            for c, colour in zip(content["categories"], colours)
-        ]
+        self.categories = []
+        for k, c in enumerate(content["categories"], 1):
+            colour = c.get("color", (91 * k % 256, 53 * k % 256, 99))
+            self.categories.append(Category(c["name"], bool(c["isthing"]), tuple(colour)))
         if path is None:
-            self.files = [
-                (p.stem, p, None) for p in sorted(folder.iterdir()) if p.suffix in (".jpg", ".png")
-            ]
+            images = [p for p in sorted(folder.iterdir()) if p.suffix in (".jpg", ".png")]
+            self.files = [(p.stem, p, None) for p in images]
             return
         images = {image["id"]: folder / image["file_name"] for image in content["images"]}
         labels = path.with_suffix("")                          # COCO's place
@@ -219,84 +199,58 @@ class CocoPanoptic(Folder):
             self.image_ids[image.stem] = a["image_id"]
 
     def read(self, i):
-        label, official = self.files[i][2], {id: k for k, id in enumerate(self.category_ids)}
+        """The ids of label i and its rows (id, category, crowd); see Folder."""
+        label, infos = self.files[i][2], self.infos[i]
+        official = {id: k for k, id in enumerate(self.category_ids)}
         ids = read_file(label, "RGB").astype(np.int64) @ [1, 256, 256**2]
-        strange = set(np.unique(ids).tolist()) - {0, *(s["id"] for s in self.infos[i])}
-        strange |= {s["category_id"] for s in self.infos[i]} - official.keys()
+        strange = set(np.unique(ids).tolist()) - {0, *(s["id"] for s in infos)}
+        strange |= {s["category_id"] for s in infos} - official.keys()
         if strange:
-            raise DataError(
-                f"{label} and its JSON disagree on id {min(strange)}: take both from the same release"
-            )
-        return ids, [
-            (s["id"], official[s["category_id"]], bool(s.get("iscrowd"))) for s in self.infos[i]
-        ]
+            raise DataError(f"{label} and its JSON disagree on id {min(strange)}: take both from "
+                            "the same release")
+        return ids, [(s["id"], official[s["category_id"]], bool(s.get("iscrowd"))) for s in infos]
 
 
-def write_annotation(
-    folder, name, segments, categories, crowd=None, category_ids=None, image_id=None
-):
-    """Write folder/<name>.png and return its entry for the JSON, so that many processes can share
+# --- Writers ----------------------------------------------------------------------------------
+
+def write_annotation(folder, name, segments, categories, *, crowd=None, category_ids=None,
+                     image_id=None):
+    """Writes folder/<name>.png and returns its entry for the JSON, so that many processes can share
     the images."""
     segments, count = torch.as_tensor(segments).cpu().long(), len(categories)
     Path(folder).mkdir(parents=True, exist_ok=True)
     rgb = torch.stack([segments & 255, segments >> 8 & 255, segments >> 16], -1)
     Image.fromarray(rgb.to(torch.uint8).numpy()).save(Path(folder, f"{name}.png"))
-    boxes, area = (
-        mask_boxes(segments, count).int(),
-        torch.bincount(segments.flatten(), minlength=count + 1).tolist(),
-    )
-    infos = [
-        {
-            "id": k,
-            "category_id": category_ids[int(c)] if category_ids else int(c),
-            "area": area[k],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "iscrowd": int(crowd is not None and crowd[k - 1]),
-        }
-        for k, (c, (x1, y1, x2, y2)) in enumerate(zip(categories, boxes.tolist()), 1)
-        if area[k]
-    ]
-    return {
-        "image_id": name if image_id is None else image_id,
-        "file_name": f"{name}.png",
-        "segments_info": infos,
-        "height": segments.shape[0],
-        "width": segments.shape[1],
-    }
+    area = torch.bincount(segments.flatten(), minlength=count + 1).tolist()
+    infos = []
+    for k, (c, box) in enumerate(zip(categories, mask_boxes(segments, count).int().tolist()), 1):
+        x1, y1, x2, y2 = box
+        if area[k]:
+            infos.append({"id": k, "category_id": category_ids[int(c)] if category_ids else int(c),
+                          "area": area[k], "bbox": [x1, y1, x2 - x1, y2 - y1],
+                          "iscrowd": int(crowd is not None and crowd[k - 1])})
+    return {"image_id": name if image_id is None else image_id, "file_name": f"{name}.png",
+            "segments_info": infos, "height": segments.shape[0], "width": segments.shape[1]}
 
 
 def write_panoptic_json(path, annotations, categories, category_ids=None):
-    """Write <path>.json around the entries that `write_annotation` returned."""
-    images = [
-        {"id": a["image_id"], **{k: a[k] for k in ("file_name", "height", "width")}}
-        for a in annotations
-    ]
-    rows = [
-        {
-            "id": category_ids[k] if category_ids else k,
-            "name": c.name,
-            "isthing": int(c.isthing),
-            "color": list(c.colour),
-        }
-        for k, c in enumerate(categories)
-    ]
-    Path(f"{path}.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": rows})
-    )
+    """Writes <path>.json around the entries that `write_annotation` returned."""
+    images = [{"id": a["image_id"], **{k: a[k] for k in ("file_name", "height", "width")}}
+              for a in annotations]
+    rows = [{"id": category_ids[k] if category_ids else k, "name": c.name,
+             "isthing": int(c.isthing), "color": list(c.colour)} for k, c in enumerate(categories)]
+    content = {"images": images, "annotations": annotations, "categories": rows}
+    Path(f"{path}.json").write_text(json.dumps(content))
 
 
 def write_coco_panoptic(path, predictions, categories, category_ids=None, image_ids=None):
-    """Write predictions, rows of (name, segments, categories) or (..., crowd), as <path>.json and
-    PNGs in <path>/.
-
-    Evaluation servers want official numbers back: pass a data set's `.category_ids` and
-    `.image_ids`.
-    """
+    """Writes predictions, rows of (name, segments, categories) or (..., crowd), as <path>.json and
+    PNGs in <path>/. Evaluation servers want official numbers back: pass a data set's
+    `.category_ids` and `.image_ids`."""
     Path(path).mkdir(parents=True, exist_ok=True)
-    entries = [
-        write_annotation(
-            path, name, *rest, *[None] * (3 - len(rest)), category_ids, (image_ids or {}).get(name)
-        )
-        for name, *rest in predictions
-    ]
+    entries = []
+    for name, segments, segment_categories, *crowd in predictions:
+        entries.append(write_annotation(
+            path, name, segments, segment_categories, crowd=crowd[0] if crowd else None,
+            category_ids=category_ids, image_id=(image_ids or {}).get(name)))
     write_panoptic_json(path, entries, categories, category_ids)

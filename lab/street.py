@@ -236,6 +236,6 @@ def show(scenes=100, out="figures"):
         **quality.compute()))
     with figure_of(Path(out, "data.png"), 4, 4, size=(12, 6)) as axes:
         for s, (left, right) in zip(street[1:], axes.reshape(-1, 2)):
-            left.imshow(s.image.permute(1, 2, 0))
+            left.imshow(s.image.permute(1, 2, 0).numpy())
             left.axis("off")
             draw(s.image, s.segments, s.categories, STREET, ax=right)
