@@ -135,13 +135,13 @@ class Kernels(nn.Module):
         thing = self.isthing[target.categories]
         things, stuff = (torch.where(rows & ~target.crowd)[0] for rows in (thing, ~thing))
         level = pyramid_level(target.boxes, len(sizes), self.canonical, k0=2)
-        found = []
+        levels = []
         for k, size in enumerate(sizes, 1):
             rows = things[level[things] == k]
             bumps = gaussian_bumps(target.boxes[rows], target.segments.shape, size)
             masks, known = segment_masks(target, size)
-            found.append(LevelTruth(rows, bumps, stuff, masks[stuff], known))
-        return found
+            levels.append(LevelTruth(rows, bumps, stuff, masks[stuff], known))
+        return levels
 
     def position_loss(self, heat, target, truth):
         """The focal loss of CenterNet on one crop's heat; heat and truth are lists over levels.
@@ -210,20 +210,20 @@ class Kernels(nn.Module):
             truth = self.truth(target, [k.shape[-2:] for k in kernels])
             position.append(self.position_loss(heat, target, truth))
             masks, known = segment_masks(target, features.shape[-2:])
-            found = []
+            things = []                                        # their embeddings, level by level
             for x, kernel, level in zip(heat, kernels, truth):
-                weight, each = self.thing_kernels(
+                weight, cells = self.thing_kernels(
                     x, kernel, level, categories=target.categories[level.things])
-                logits = (each @ features[b].flatten(1)).unflatten(-1, known.shape)
+                logits = (cells @ features[b].flatten(1)).unflatten(-1, known.shape)
                 cost = mask_loss(logits, masks[level.things][:, None], known)        # [n, k]
                 mask.append((weight * cost).sum(1))
-                found.append((weight[..., None] * each).sum(1))
-            things = sum(len(e) for e in found)
-            mean, rows = self.stuff_kernels(kernels, truth)
-            logits = (mean @ features[b].flatten(1)).unflatten(-1, known.shape)
+                things.append((weight[..., None] * cells).sum(1))
+            stuff, rows = self.stuff_kernels(kernels, truth)
+            logits = (stuff @ features[b].flatten(1)).unflatten(-1, known.shape)
             mask.append(mask_loss(logits, masks[rows], known))
-            embeddings.append(torch.cat([*found, mean]))
-            is_thing.append(torch.arange(len(embeddings[b]), device=features.device) < things)
+            embeddings.append(torch.cat([*things, stuff]))
+            number = torch.arange(len(embeddings[b]), device=features.device)
+            is_thing.append(number < len(number) - len(stuff))
         mask = torch.cat(mask)                                 # of no segment: 0, with gradients
         losses = {"position": self.weights[0] * sum(position) / len(position),
                   "mask": self.weights[1] * mask.sum() / max(len(mask), 1)}

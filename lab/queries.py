@@ -90,12 +90,12 @@ class Queries(nn.Module):
         Attention compares query + place with cell + sine, and reads cells without it."""
         q, place = (table.weight.expand(len(features), -1, -1)
                     for table in (self.query, self.place))
-        found = [self.answer(q)]
+        answers = [self.answer(q)]
         for i, norms in enumerate(self.norms):
             k = i % len(self.strides)
             x = self.inputs[k](pyramid[self.strides[k]]) + self.level.weight[k][:, None, None]
             cells, keys = x.flatten(2).mT, (x + sine(x)).flatten(2).mT    # [B, hw, C]
-            hidden = self.hidden_cells(found[-1][1], features, x.shape[-2:])
+            hidden = self.hidden_cells(answers[-1][1], features, x.shape[-2:])
             hidden = hidden.repeat_interleave(self.heads, 0)              # [B heads, N, hw]
             heard = self.cross_attention[i](q + place, keys, cells, attn_mask=hidden,
                                             need_weights=False)[0]
@@ -103,8 +103,8 @@ class Queries(nn.Module):
             heard = self.self_attention[i](q + place, q + place, q, need_weights=False)[0]
             q = norms[1](q + heard)
             q = norms[2](q + self.feed_forward[i](q))
-            found.append(self.answer(q))
-        return found
+            answers.append(self.answer(q))
+        return answers
 
     def answer(self, q):
         """Queries [B, N, C] -> class logits [B, N, categories + 1], embeddings [B, N, C]."""
