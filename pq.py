@@ -209,7 +209,7 @@ class PanopticQuality:
             return f"{name:{width}}" + "".join(f"{row[key]:7.1f}" for key in keys)
         lines = [" " * width + "     PQ     SQ     RQ    PQ†    IoU      TP      FP      FN"]
         for name, row in zip(names, result["per_category"]):
-            if row["tp"] + row["fp"] + row["fn"]:
+            if max(row["tp"], row["fp"], row["fn"]):
                 lines.append(line(name, row, ("pq", "sq", "rq", "pq_dagger", "iou"))
                              + f"{row['tp']:8d}{row['fp']:8d}{row['fn']:8d}")
         lines += ["-" * len(lines[0]),

@@ -480,8 +480,8 @@ def pixels(masks=MASKS, scores=(1, 1), categories=(3, 3), gt=ONES):
 @pytest.mark.parametrize("call, arguments, sentence", [
     (update, dict(pred=torch.zeros(2, 3).long()), r"\[2, 3\] and ground truth segments \[2, 2\] m"),
     (update, dict(pred=ONES[0], gt=ONES[0]), r"must be maps \[H, W\]"),
-    (update, dict(pred=2 * ONES), "predicted segments hold ids from 2 to 2, but there are 1 cate"),
-    (update, dict(gt=-3 * ONES), "ground truth segments hold ids from -3 to -3"),
+    (update, dict(pred=rows("02 00")), "predicted segments hold ids from 0 to 2, but there are 1 c"),
+    (update, dict(gt=-rows("03 00")), "ground truth segments hold ids from -3 to 0"),
     (update, dict(pred_categories=[C]), "predicted categories must lie in 0 to 5"),
     (update, dict(gt_categories=[-1]), "ground truth categories must lie in 0 to 5"),
     (update, dict(crowd=[True, False]), "1 ground truth categories but 2 crowd flags"),
