@@ -325,6 +325,6 @@ if __name__ == "__main__":
 # Exercises
 # 1. Let `pick_targets` take any other crop, as the paper does. Which test fails first? Train on
 #    four images, whose crops overlap in nearly every batch: does the demo's table notice?
-# 2. Supervise stuff too: `is_thing` all True. Which column of the demo's table falls, and why?
+# 2. Supervise stuff too: `is_thing` all True. Why does PQ_st fall in the demo's table?
 # 3. Two kernels of a thing have the logits 10 and -30 on a pixel of another crop. `ibs_loss` of
 #    their mean is 7e-14, of both 3.75. Which of the two does lab/kernels.py use? Try the other.
