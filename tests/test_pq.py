@@ -383,12 +383,14 @@ def test_a_second_mask_of_a_thing_is_wrong_and_the_score_says_which():
     assert instance_pixels(masks[:0], [], [], gt, [3, 0], isthing=ISTHING).tolist() == [0, 4, 0]
 
 
-@pytest.mark.parametrize("memory", [1, 40, 2 ** 24])
-def test_intersections_do_not_depend_on_the_chunks(memory):
+@pytest.mark.parametrize("memory, chunks", [(1, 1001), (40, 51), (2 ** 24, 1)])
+def test_intersections_do_not_depend_on_the_chunks(memory, chunks, monkeypatch):
     pred, gt = torch.ones(2, 11, 91, dtype=torch.bool), torch.ones(11, 91, dtype=torch.int64)
-    pred[1, 3:], gt[5, 5] = False, 2
+    pred[1, 3:], gt[5, 5], calls, bincount = False, 2, [], torch.bincount
+    monkeypatch.setattr(torch, "bincount", lambda *a, **k: calls.append(a) or bincount(*a, **k))
     inter, area = mask_intersections(pred, gt, 2, memory=memory)
     assert inter.tolist() == [[1000, 1], [273, 0]] and area.tolist() == [1001, 273]
+    assert len(calls) == chunks
 
 
 # --- Average precision ------------------------------------------------------------------------
@@ -480,7 +482,7 @@ def pixels(masks=MASKS, scores=(1, 1), categories=(3, 3), gt=ONES):
 @pytest.mark.parametrize("call, arguments, sentence", [
     (update, dict(pred=torch.zeros(2, 3).long()), r"\[2, 3\] and ground truth segments \[2, 2\] m"),
     (update, dict(pred=ONES[0], gt=ONES[0]), r"must be maps \[H, W\]"),
-    (update, dict(pred=rows("02 00")), "predicted segments hold ids from 0 to 2, but there are 1 c"),
+    (update, dict(pred=rows("02 00")), "predicted segments hold ids from 0 to 2, but there are 1"),
     (update, dict(gt=-rows("03 00")), "ground truth segments hold ids from -3 to 0"),
     (update, dict(pred_categories=[C]), "predicted categories must lie in 0 to 5"),
     (update, dict(gt_categories=[-1]), "ground truth categories must lie in 0 to 5"),
