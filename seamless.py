@@ -26,33 +26,29 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision import ops
+from torchvision import models, ops
 
 from data import (IGNORE, Prediction, command_line, decode, encode, new_numbers, pyramid_level,
                   semantic_target, thing_truth)
 
 
 def example():
-    """Section 3.5 on ten pixels, by hand. Categories: 0 road, 1 car (a thing), 2 sky.
+    """Section 3.5 on seven pixels, by hand. Categories: 0 road, 1 car (a thing), 2 sky.
 
-    Car A takes its four pixels. Half of car B is free: it keeps two pixels. A third of car C is
-    free: it is dropped. Pixel 2 becomes void, because only the semantic head sees a car there. So
-    does the sky: one pixel is less than `stuff_area`."""
-    masks = torch.zeros(3, 1, 10, dtype=torch.bool)
-    masks[0, 0, 3:7] = masks[1, 0, 5:9] = masks[2, 0, 2:5] = True               # A, B, C
+    Car A takes its two pixels. Half of car B is free: it keeps that pixel. A third of car C is
+    free: it is dropped, and pixel 3, where the semantic head alone sees a car, becomes void. The
+    road stays. One pixel of sky is less than `stuff_area`: void."""
+    masks = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0]])
     segments, categories, _ = fuse(
-        masks, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 1, 1]), stuff_area=2,
-        semantic=torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 2]]), isthing=torch.arange(3) == 1)
-    assert segments.tolist() == [[3, 3, 0, 1, 1, 1, 1, 2, 2, 0]]
-    assert categories.tolist() == [1, 1, 0]
+        masks[:, None].bool(), torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 1, 1]), stuff_area=2,
+        semantic=torch.tensor([[1, 1, 1, 1, 0, 0, 2]]), isthing=torch.arange(3) == 1)
+    assert segments.tolist() == [[1, 1, 2, 0, 3, 3, 0]] and categories.tolist() == [1, 1, 0]
     return segments
 
 
 # --- 3.1 Shared backbone ----------------------------------------------------------------------
-# Deviation: the paper's in-place norm (iABN) saves memory. Plain batch norm and LeakyReLU compute
-# the same numbers. `nn.SyncBatchNorm.convert_sync_batchnorm` shares their statistics among GPUs.
+# Deviation: the paper's in-place norm (iABN) saves memory. Batch norm has the same numbers.
 
 leaky = partial(nn.LeakyReLU, 0.01, inplace=True)
 conv_norm = partial(ops.Conv2dNormActivation, activation_layer=leaky)   # with batch norm, no bias
@@ -67,9 +63,12 @@ def load_resnet(name, weights=None):
         raise ValueError(f"unknown body {name!r}, or no ImageNet weights for it; use one of "
                          f"{', '.join(known)}, the first two with weights=None")
     if name not in thin:
-        return torchvision.models.get_model(name, weights=weights)
-    block = torchvision.models.resnet.BasicBlock
-    net = torchvision.models.ResNet(block, thin[name])         # its layers are replaced
+        state = weights if isinstance(weights, dict) else None
+        net = models.get_model(name, weights=None if state else weights)
+        net.load_state_dict(state or net.state_dict())
+        return net
+    block = models.resnet.BasicBlock
+    net = models.ResNet(block, thin[name])                     # its layers are replaced
     net.conv1, net.bn1, net.inplanes = nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), 32
     for i, n in enumerate(thin[name]):
         setattr(net, f"layer{i + 1}", net._make_layer(block, 32 << i, n, stride=2 if i else 1))
@@ -81,26 +80,23 @@ def load_resnet(name, weights=None):
 
 class Body(nn.Module):
     """ResNet and FPN: images [B, 3, H, W] in 0..1 -> {stride: [B, width, H / stride, W / stride]},
-    sizes rounded up. FPN (Lin et al. 2017) of conv2 to conv5, C_2 to C_5, with norms:
+    sizes rounded up. FPN (Lin et al. 2017) of C_2 to C_5, what conv2 to conv5 give, with norms:
     M_5 = 1x1(C_5), M_k = 1x1(C_k) + enlarge(M_{k+1}), P_k = 3x3(M_k).
 
-    extra: levels beyond stride 32. weights: None, an entry of torchvision such as "IMAGENET1K_V1",
-    or a state dict. frozen: how many leading stages do not learn (1: stem, 2: conv2 too).
-    frozen_norm: no norm of the ResNet learns, nor do its statistics move.
-    Choice: recipes with ImageNet weights have frozen=2, frozen_norm=True. The paper freezes, but
-    does not say what. Released settings have frozen=2, and their norms learn, as in 3.1.
+    extra: levels beyond stride 32. weights: None, a name of torchvision such as "IMAGENET1K_V1", or
+    a state dict. frozen: how many leading stages do not learn (1: stem, 2: conv2 too). frozen_norm:
+    no norm of the ResNet learns, nor do its statistics move.
+    Choice: recipes have frozen=2 and frozen_norm=True with ImageNet weights. The paper does not
+    say what it freezes. In released settings frozen is 2, and norms learn, synchronised as in 3.1.
     Deviation: stride 64 is every second pixel of stride 32, "akin to the original FPN". Released
     code computes it from C_5 by a 3x3 convolution with norm: 2048 x 256 x 9 + 512 parameters."""
 
     def __init__(self, name="resnet50", width=256, extra=0, weights=None, frozen=0,
                  frozen_norm=False):
         super().__init__()
-        state = weights if isinstance(weights, dict) else None
-        net = load_resnet(name, None if state else weights)
-        net.load_state_dict(state or net.state_dict())
-        for m in net.modules():                                # the stem and each block have one
-            if isinstance(getattr(m, "relu", None), nn.ReLU):
-                m.relu = leaky()
+        net = load_resnet(name, weights)
+        for m in [m for m in net.modules() if hasattr(m, "relu")]:      # the stem, each block
+            m.relu = leaky()
         self.stages = nn.ModuleList([nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),
                                      net.layer1, net.layer2, net.layer3, net.layer4])
         c = net.layer2[0].conv1.in_channels
@@ -113,7 +109,6 @@ class Body(nn.Module):
             module.requires_grad_(False)
 
     def fixed(self):
-        """The modules that do not learn."""
         norms = [m for m in self.stages.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [*self.stages[:self.frozen], *(norms if self.frozen_norm else [])]
 
@@ -131,17 +126,7 @@ class Body(nn.Module):
 
 resnet_fpn = Body
 
-
 # --- 3.2 Instance segmentation branch: Mask R-CNN, with changes -------------------------------
-
-def void_fraction(boxes, void):
-    """The share of each box [N, 4] that is void, bool [H, W] -> [N]."""
-    table = F.pad(void.float().cumsum(0).cumsum(1), (1, 0, 1, 0))   # sums above and to the left
-    x1, x2 = (boxes[:, i].round().long().clamp(0, void.shape[1]) for i in (0, 2))
-    y1, y2 = (boxes[:, i].round().long().clamp(0, void.shape[0]) for i in (1, 3))
-    total = table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]
-    return total / ((x2 - x1) * (y2 - y1)).clamp(min=1)
-
 
 def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
     """Mask R-CNN's choice of boxes [N, 4] to learn from: `count` at random, at most a `share` of
@@ -149,20 +134,22 @@ def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
     the segment [P], box and truncated sides [P, 4], category [P]. Positive: the best IoU with a
     thing is at least `high`, or, with `rescue`, the best for some thing. Negative: below `low`.
     Choice: no negative is more than 0.7 void or crowd. Released code has this share for crowds."""
-    truth = thing_truth(target, isthing)
+    truth, void = thing_truth(target, isthing), semantic_target(target) == IGNORE
     iou = ops.box_iou(F.pad(truth[1], (0, 0, 0, 1)), boxes)    # [G + 1, N], the last row is 0
     best, index = iou.max(0)
     positive = best >= high
-    if rescue:
+    if rescue and len(boxes):
         positive |= ((iou == iou.amax(1, keepdim=True)) & (iou > 0)).any(0)
-    void = void_fraction(boxes, semantic_target(target) == IGNORE) > 0.7
-
+    table = F.pad(void.float().cumsum(0).cumsum(1), (1, 0, 1, 0))   # sums above and to the left
+    x1, x2 = (boxes[:, i].round().long().clamp(0, void.shape[1]) for i in (0, 2))
+    y1, y2 = (boxes[:, i].round().long().clamp(0, void.shape[0]) for i in (1, 3))
+    empty = table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]       # void pixels
+    negative = ~positive & (best < low) & (empty <= 0.7 * ((x2 - x1) * (y2 - y1)))
     def draw(mask, n):
         at = torch.where(mask)[0]
         return at if len(at) <= n else at[torch.randperm(len(at), device=at.device)[:n]]
-    chosen = draw(positive, int(count * share))
-    negative = draw(~positive & (best < low) & ~void, count - len(chosen))
-    return chosen, negative, [t[index[chosen]] for t in truth]
+    positive = draw(positive, int(count * share))
+    return positive, draw(negative, count - len(positive)), [t[index[positive]] for t in truth]
 
 
 def smooth_l1_box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
@@ -174,7 +161,6 @@ def smooth_l1_box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncate
 class RegionProposalHead(nn.Module):
     """RPH: 3x3 convolution of stride 2, norm, 1x1 with (o_u, o_v, o_w, o_h, o_s) for each anchor,
     shared by all levels. Only anchors entirely inside of the image exist. isthing bool [C].
-
     Choice: all levels pass through the norm together, so that training and test see one statistic.
     Released code normalises each level by itself, and its 3x3 convolution has stride 1."""
     samples, nms_threshold = 256, 0.7                          # of Mask R-CNN
@@ -221,7 +207,7 @@ class RegionProposalHead(nn.Module):
         for s, d in zip(scores, deltas):
             best = torch.cat([i[s[i].topk(min(6 * after, len(i))).indices] for i in levels])
             boxes = ops.clip_boxes_to_image(decode(d[best], anchors[best]), size)
-            large = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1  # a smaller box has no pixel
+            large = ops.remove_small_boxes(boxes, 1)           # no side under a pixel
             boxes, best = boxes[large], best[large]
             keep = ops.batched_nms(boxes, s[best], level[best], self.nms_threshold)
             found.append(boxes[keep[:after]])
@@ -229,7 +215,6 @@ class RegionProposalHead(nn.Module):
 
     def losses(self, guesses, targets, size):
         """Mask R-CNN's: cross entropy of the scores of 256 anchors an image, box loss of positives.
-
         Choice: the box loss is a mean over positives. Mask R-CNN and released code divide by 256:
         images with few things teach their boxes slowly. Short schedules need more."""
         (scores, deltas, anchors, _), score, box, count = guesses, 0, 0, 0
@@ -237,9 +222,8 @@ class RegionProposalHead(nn.Module):
             yes, no, (_, gt, cut, _) = sample(anchors, target, self.isthing, high=0.7, low=0.3,
                                               rescue=True, count=self.samples, share=0.5)
             score = score + F.softplus(-s[yes]).sum() + F.softplus(s[no]).sum()
-            box = box + self.box_loss(d[yes], gt, anchors[yes], beta=1 / 9, crop_size=size,
-                                      truncated=cut).sum()
-            count += len(yes)
+            one = self.box_loss(d[yes], gt, anchors[yes], beta=1 / 9, crop_size=size, truncated=cut)
+            box, count = box + one.sum(), count + len(yes)
         return {"rph_score": score / (self.samples * len(targets)), "rph_box": box / max(count, 1)}
 
 
@@ -258,49 +242,46 @@ class RegionSegmentationHead(nn.Module):
     28x28 mask for each. isthing bool [C]; mask_loss of logits and 0/1 truth [P, 28, 28] -> scalar.
     The first layer takes 7x7 means, as in released code: all 14x14 features would be 38.5 M weights
     more. Deviation: released code has batch norm where the paper, and this file, has group norm."""
-    nms_threshold = 0.5                                        # of Mask R-CNN
+    nms_threshold, detections = 0.5, 100                       # of Mask R-CNN
 
-    def __init__(self, isthing, body, canonical=224, rois=512, detections=100,
-                 box_loss=smooth_l1_box_loss, mask_loss=F.binary_cross_entropy_with_logits):
+    def __init__(self, isthing, body, canonical=224, rois=512, box_loss=smooth_l1_box_loss,
+                 mask_loss=F.binary_cross_entropy_with_logits):
         super().__init__()
         self.strides, self.canonical, self.rois = body.strides[:4], canonical, rois
-        self.detections, self.box_loss, self.mask_loss = detections, box_loss, mask_loss
+        self.box_loss, self.mask_loss = box_loss, mask_loss
         self.register_buffer("isthing", isthing, persistent=False)
         self.register_buffer("number", new_numbers(isthing)[1:], persistent=False)  # 1.. of things
-        c, hidden, things = body.channels, 4 * body.channels, int(isthing.sum())
-        self.fc = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(),
-                                nn.Linear(c * 49, hidden, bias=False), GroupNorm(hidden), leaky(),
-                                nn.Linear(hidden, hidden, bias=False), GroupNorm(hidden), leaky())
-        self.out = nn.Linear(hidden, 5 * things + 1)           # scores with void, deltas
+        c, d, self.things = body.channels, 4 * body.channels, int(isthing.sum())
+        self.fc = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(49 * c, d, bias=False),
+                                GroupNorm(d), leaky(), nn.Linear(d, d, bias=False), GroupNorm(d),
+                                leaky())
+        self.out = nn.Linear(d, 5 * self.things + 1)           # scores with void, deltas
         self.mask = nn.Sequential(*(conv_norm(c, c, 3, norm_layer=GroupNorm) for _ in range(4)),
                                   nn.ConvTranspose2d(c, c, 2, stride=2, bias=False), GroupNorm(c),
-                                  leaky(), nn.Conv2d(c, things, 1))
+                                  leaky(), nn.Conv2d(c, self.things, 1))
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
     def pool(self, features, boxes):
-        """RoIAlign on level k of each box: a list of [P_b, 4] -> [sum P, channels, 14, 14]. One
-        sample a cell, as in released code. In float32: bf16 is too coarse for coordinates."""
+        """RoIAlign: a list of boxes [P_b, 4] -> [sum P, channels, 14, 14]. One sample a cell, as in
+        released code. In float32: bf16 is too coarse for coordinates."""
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # image, box
-        # k = max(1, min(4, floor(3 + log2(sqrt(w h) / 224))))
         level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
         pooled = rois.new_zeros(len(rois), features[4].shape[1], 14, 14)
         for k, stride in enumerate(self.strides, 1):
             at = torch.where(level == k)[0]
-            pooled[at] = ops.roi_align(features[stride].float(), rois[at], 14, 1 / stride, 1, True)
+            pooled[at] = ops.roi_align(features[stride].float(), rois[at], 14, 1 / stride,
+                                       sampling_ratio=1, aligned=True)
         return pooled
 
     def classify(self, pooled):
-        """-> logits [P, 1 + things] (void first) and deltas [P, things, 4]. Mask R-CNN's factors:
-        corrections of a proposal are small."""
-        logits, deltas = self.out(self.fc(pooled)).float().tensor_split(
-            [self.out.out_features // 5 + 1], 1)
+        """-> logits [P, 1 + things] (void first), deltas [P, things, 4], in units of Mask R-CNN."""
+        logits, deltas = self.out(self.fc(pooled)).float().tensor_split([self.things + 1], 1)
         return logits, deltas.unflatten(1, (-1, 4)) / deltas.new_tensor([10, 10, 5, 5])
 
     def losses(self, features, proposals, targets, size):
         """Mask R-CNN's, of 512 proposals an image, true boxes among them: cross entropy over void
         and things; box loss and mask loss of positives for their true category.
-
         Choice: one beta for all deltas, so that any box loss fits. 10 l_0.1(z) is Mask R-CNN's
         l_1(10 z) for centres. For sizes it has l_1(5 z): ours weigh up to twice as much."""
         rows = []
@@ -310,38 +291,29 @@ class RegionSegmentationHead(nn.Module):
                                                count=self.rois, share=0.25)
             shapes = mask_targets(target.segments, number, boxes[yes])
             rows.append((boxes[yes], boxes[no], *truth, shapes))
-        positive, negative, *truth = zip(*rows)
+        yes, no, *truth = zip(*rows)
         gt, cut, categories, shapes = map(torch.cat, truth)
-        pooled = torch.cat([self.pool(features, positive), self.pool(features, negative)])
+        pooled = torch.cat([self.pool(features, yes), self.pool(features, no)])
         logits, deltas = self.classify(pooled)
-        p, n = len(gt), max(len(pooled), 1)
+        boxes, p, n = torch.cat(yes), len(gt), max(len(pooled), 1)
         labels = F.pad(self.number[categories], (0, len(pooled) - p))           # 0 is void
-        own = deltas[torch.arange(p), labels[:p] - 1]
-        box = self.box_loss(own, gt, torch.cat(positive), beta=0.1, crop_size=size, truncated=cut)
+        own = torch.arange(p), labels[:p] - 1                  # the true category of a positive
+        box = self.box_loss(deltas[own], gt, boxes, beta=0.1, crop_size=size, truncated=cut)
+        masks = self.mask(pooled[:p]).float()[own]
         return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
-                "rsh_box": 10 * box.sum() / n, **self.mask_losses(pooled[:p], categories, shapes)}
-
-    def mask_losses(self, pooled, categories, truth):
-        """Of P positives, their truth 0/1 [P, 28, 28]. Released code leaves void pixels out."""
-        masks = self.masks(pooled, categories)
-        return {"rsh_mask": self.mask_loss(masks, truth) if len(masks) else masks.sum()}
-
-    def masks(self, pooled, categories):
-        """The mask of P boxes for one thing category each -> logits [P, 28, 28]."""
-        return self.mask(pooled).float()[torch.arange(len(pooled)), self.number[categories] - 1]
+                "rsh_box": 10 * box.sum() / n,
+                "rsh_mask": self.mask_loss(masks, shapes) if p else masks.sum()}
 
     def detect(self, features, proposals, size, score_threshold=0.05):
-        """Section 3.5 up to the masks: proposals [P_b, 4] of each image -> a dictionary an image,
-        best score first: boxes [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28]
-        (logits). A higher threshold leaves out detections and does not change the others: a box is
-        suppressed only by a box of higher score."""
+        """3.5 up to the masks: proposals [P_b, 4] of each image -> a dictionary an image, of boxes
+        [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28] (logits), best first. A
+        higher threshold only removes detections: a box is suppressed by boxes of higher score."""
         counts, found = [len(p) for p in proposals], []
         logits, deltas = self.classify(self.pool(features, proposals))
         for p, s, d in zip(proposals, logits.softmax(1).split(counts), deltas.split(counts)):
             row, thing = torch.where(s[:, 1:].detach() > score_threshold)
-            boxes, score = decode(d[row, thing].detach(), p[row]), s[row, thing + 1]
-            boxes = ops.clip_boxes_to_image(boxes, size)
-            keep = torch.where((boxes[:, 2:] > boxes[:, :2]).all(1))[0]
+            boxes = ops.clip_boxes_to_image(decode(d[row, thing].detach(), p[row]), size)
+            score, keep = s[row, thing + 1], ops.remove_small_boxes(boxes, 1e-6)
             best = ops.batched_nms(boxes[keep], score[keep], thing[keep], self.nms_threshold)
             keep = keep[best[:self.detections]]
             found.append({"boxes": boxes[keep], "scores": score[keep],
@@ -351,7 +323,8 @@ class RegionSegmentationHead(nn.Module):
     def add_masks(self, features, found):
         """Boxes with categories, a dictionary an image -> the same with their `masks`."""
         boxes, categories = ([f[key] for f in found] for key in ("boxes", "categories"))
-        masks = self.masks(self.pool(features, boxes), torch.cat(categories))
+        things = self.number[torch.cat(categories)] - 1
+        masks = self.mask(self.pool(features, boxes))[torch.arange(len(things)), things].float()
         return [{**f, "masks": m} for f, m in zip(found, masks.split([len(b) for b in boxes]))]
 
 
@@ -365,15 +338,10 @@ def mask_targets(segments, number, boxes, size=28):
 
 # --- 3.3, 3.4 Semantic segmentation branch and its loss ---------------------------------------
 
-def plain_window_mean(x, window):
-    """Average pooling with stride 1 without padding, then replication of the border."""
-    low, high = (window - 1) // 2, window // 2
-    return F.pad(F.avg_pool2d(x, window, 1), (low, high, low, high), mode="replicate")
-
-
 def window_mean(x, window):
-    """The same, eight times faster: the sum of a window is the difference of two running sums, once
-    along each axis. A map smaller than the window is pooled over all of it, as in DeepLab."""
+    """Mean over a window around each pixel of x [B, C, H, W]; over all of a smaller map. Plain:
+    F.pad(F.avg_pool2d(x, window, 1), [(window - 1) // 2, window // 2] * 2, mode="replicate"). Eight
+    times faster: the sum of a window is a difference of two running sums, once along each axis."""
     dtype, x = x.dtype, x.float()                              # bf16 has too few digits for a sum
     for axis in (2, 3):
         size, k = x.shape[axis], min(window, x.shape[axis])
@@ -385,12 +353,8 @@ def window_mean(x, window):
 
 
 class MiniDL(nn.Module):
-    """Figure 2, [B, c_in, h, w] -> [B, channels, h, w]:
-
-             .-> 3x3 ---------------------.
-        x ---+-> 3x3, dilation 6 ---------+-> concatenate -> 3x3
-             `-> mean of a window -> 1x1 -'
-    Deviation: in released code the last one is 1x1: 4 x 384 x 128 x 8 weights less in all."""
+    """Figure 2, [B, c_in, h, w] -> [B, channels, h, w]: three branches, concatenated, and a 3x3.
+    Deviation: in released code `out` is 1x1, which is 4 x 384 x 128 x 8 weights less in four."""
 
     def __init__(self, c_in, channels=128, window=64):
         super().__init__()
@@ -399,7 +363,7 @@ class MiniDL(nn.Module):
         self.context, self.out = conv_norm(c_in, channels, 1), conv_norm(3 * channels, channels, 3)
 
     def forward(self, x):
-        context = self.context(window_mean(x, self.window))
+        context = self.context(window_mean(x, self.window))    # near: 3x3; far: with dilation 6
         return self.out(torch.cat([self.near(x), self.far(x), context], 1))
 
 
@@ -418,10 +382,9 @@ class SemanticHead(nn.Module):
 
 
 def hardest_pixels_loss(logits, target, fraction=0.25):
-    """L_ss = - sum_ij omega_ij log P_ij(Y_ij), mean over images: omega = tau = 4 / (W H) for the
-    quarter of the pixels with the lowest P(Y), else 0. logits [B, C, H, W], target [B, H, W] with
-    IGNORE for void. All void: 0 with gradients.
-    Deviation: in released code void pixels, with loss 0, count among the W H. Here they do not."""
+    """L_ss = - sum_ij omega_ij log P_ij(Y_ij), mean over images. omega = tau = 4 / (W H) for the
+    quarter of the pixels of lowest P(Y), else 0. logits [B, C, H, W], target [B, H, W]. All void: 0
+    with gradients. Deviation: released code counts void among the W H, with loss 0; we do not."""
     loss, total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none"), 0
     for pixels, known in zip(loss.flatten(1), (target != IGNORE).flatten(1).sum(1).tolist()):
         k = math.ceil(fraction * known)                        # k = W H / 4, so tau = 1 / k
@@ -436,10 +399,10 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
     """masks bool [D, H, W], scores [D], categories [D], semantic int64 [H, W] (the likeliest
     category), isthing [C] -> segments int64 [H, W], categories [N], scores [N] (1 for stuff).
 
-    1. Instances, best score first, take their free pixels if these are at least half of them.
+    1. Instances with a score of at least 0.5 (released code; the paper has no number), best score
+       first, take their free pixels if these are at least half of them.
     2. What remains takes the semantic category if it is stuff, and is void if it is a thing.
-    3. A stuff category of fewer than `stuff_area` pixels in all becomes void.
-    An instance needs a score of at least 0.5, as in released code; the paper has no number."""
+    3. A stuff category of fewer than `stuff_area` pixels in all becomes void."""
     segments, kept = torch.zeros_like(semantic), []
     for i in scores.argsort(descending=True, stable=True).tolist():
         free, area = masks[i] & (segments == 0), masks[i].sum()
@@ -461,8 +424,8 @@ class Seamless(nn.Module):
     the region head gets in training and at test time. window: of MiniDL. Losses are functions."""
 
     def __init__(self, isthing, body, box_loss=smooth_l1_box_loss, canonical=224, anchor_scale=8,
-                 ratios=(0.5, 1, 2), rois=512, proposals=1000, window=64, detections=100,
-                 score_threshold=0.5, stuff_area=4096, semantic_loss=hardest_pixels_loss,
+                 ratios=(0.5, 1, 2), rois=512, proposals=1000, window=64, score_threshold=0.5,
+                 stuff_area=4096, semantic_loss=hardest_pixels_loss,
                  mask_loss=F.binary_cross_entropy_with_logits):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
@@ -473,16 +436,15 @@ class Seamless(nn.Module):
         self.score_threshold, self.stuff_area = score_threshold, stuff_area
         self.proposal_head = RegionProposalHead(isthing, body, anchor_scale, ratios=ratios,
                                                 proposals=proposals, box_loss=box_loss)
-        self.region_head = RegionSegmentationHead(
-            isthing, body, canonical, rois=rois, detections=detections, box_loss=box_loss,
-            mask_loss=mask_loss)
+        self.region_head = RegionSegmentationHead(isthing, body, canonical, rois=rois,
+                                                  box_loss=box_loss, mask_loss=mask_loss)
         self.semantic_head = SemanticHead(body.channels, len(isthing), body.channels // 2, window)
 
     def losses(self, images, targets):
         """images [B, 3, H, W], a Target an image -> the six losses of both branches."""
         features, size = self.body(images), images.shape[-2:]
-        losses, _ = self.detection_losses(features, targets, size)
-        return {**losses, **self.semantic_losses(self.semantic_head(features), targets, size)}
+        return {**self.detection_losses(features, targets, size)[0],
+                **self.semantic_losses(self.semantic_head(features), targets, size)}
 
     def detection_losses(self, features, targets, size):
         """-> the losses of both heads of the instance branch, and the proposals of each image."""
@@ -503,9 +465,8 @@ class Seamless(nn.Module):
 
     @staticmethod
     def at_size(found, old, new):
-        """Detections in an image of size `old` -> the same at size `new`, with masks bool [D, H,
-        W]: is the logit above 0, by bilinear interpolation, at the centre of a pixel in the box?
-        This is RoIAlign of the mask with a cell for each pixel."""
+        """Detections at image size `old` -> at size `new`, masks bool [D, H, W]: logit above 0, by
+        bilinear interpolation. This is RoIAlign of the mask with a cell for each pixel."""
         end = found["boxes"].new_tensor([new[1], new[0]] * 2)
         boxes = found["boxes"] * (end / end.new_tensor([old[1], old[0]] * 2))
         pixels = (boxes - 0.5).ceil().clamp(min=0).minimum(end)    # first, and one after the last
@@ -521,8 +482,7 @@ class Seamless(nn.Module):
 
     @torch.no_grad()
     def predict(self, image, size=None):
-        """image [3, H, W] -> Prediction at `size`, the image's own if None. Masks and logits are
-        interpolated straight to it: a resized label map would have less detail.
+        """image [3, H, W] -> Prediction at `size`, the image's own if None.
         Choice: `stuff_area` is for 1024x2048 pixels and grows with the area of the image."""
         features, own = self.body(image[None]), image.shape[-2:]
         size = size or own
@@ -534,31 +494,27 @@ class Seamless(nn.Module):
         return Prediction(*fused, found)
 
     def stages(self, fit):
-        """One stage for all that is not frozen -> [(name, optimiser, steps)]: SGD with Nesterov
-        momentum 0.9, as in released code. Without fit["decay_norms"] norms have no weight decay
-        (5.1, "decay BN"). Choice: nor have biases; both are the parameters of one dimension."""
-        decay = {True: fit["decay"] * fit["decay_norms"], False: fit["decay"]}
-        groups = [{"params": [p for p in self.parameters() if p.requires_grad
-                              and (p.ndim < 2) == flat], "weight_decay": decay[flat]}
-                  for flat in decay]
+        """One stage for all that learns: SGD with Nesterov momentum, as in released code.
+        Choice: without fit["decay_norms"] (5.1, "decay BN") biases do not decay either."""
+        learn = [p for p in self.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in learn if p.ndim > 1], "weight_decay": fit["decay"]},
+                  {"params": [p for p in learn if p.ndim < 2],
+                   "weight_decay": fit["decay"] if fit["decay_norms"] else 0.0}]
         return [("all", torch.optim.SGD(groups, fit["lr"], 0.9, nesterov=True), fit["steps"])]
 
 
 def demo(quick=False, full=False, device="cpu", out="figures"):
     """The ledger; then MiniDL and global pooling learn from crops and meet ever larger images."""
-    print("segments of ten pixels:", example()[0].tolist())
-    from lab import demo_seamless, ledger
-    ledger.print_seamless()
+    print("segments of seven pixels:", example()[0].tolist())
+    from lab.demo_seamless import show
     steps, tests = (10, 4) if quick else (1500, 200) if full else (260, 60)
-    demo_seamless.heads(steps, tests, device=device, out=out)
+    show(steps, tests, device=device, out=out)
 
 
 if __name__ == "__main__":
     command_line(demo, __doc__, quick="ten steps, four scenes", full="1500 steps, 200 scenes")
 
 # Exercises
-# 1. Let anchors leave the image: make `inside` all True. Which test fails? What happens to the
-#    boxes of things that a crop has cut?
-# 2. Train on all pixels: fraction=1.0 in `hardest_pixels_loss`. Which categories of the toy street
-#    lose most, the large or the small?
+# 1. Make `inside` all True. Which test fails? What happens to the boxes of things that a crop cut?
+# 2. Set fraction=1.0 in `hardest_pixels_loss`. Which categories lose most, the large or the small?
 # 3. Let `fuse` take the lowest score first. Predict the PQ of persons in front of cars.

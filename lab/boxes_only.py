@@ -16,11 +16,24 @@ def with_excitation(body):
     return body
 
 
+class NoMasks(nn.Module):
+    """Stands where the mask branch stood: a logit of 0 for each thing category."""
+
+    def __init__(self, things):
+        super().__init__()
+        self.things = things
+
+    def forward(self, pooled):
+        return pooled.new_zeros(len(pooled), self.things, 28, 28)
+
+
 class BoxesOnly(RegionSegmentationHead):
     """A region head of boxes and categories: no mask loss, detections without masks."""
 
-    def mask_losses(self, pooled, categories, truth):
-        return {}
+    def losses(self, *args, **settings):
+        losses = super().losses(*args, **settings)
+        del losses["rsh_mask"]
+        return losses
 
     def add_masks(self, features, found):
         return found
@@ -28,6 +41,6 @@ class BoxesOnly(RegionSegmentationHead):
 
 def without_masks(region_head):
     """The region head without its mask branch. Changes and returns `region_head`."""
-    del region_head.mask
+    region_head.mask = NoMasks(region_head.things)
     region_head.__class__ = BoxesOnly
     return region_head
