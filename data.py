@@ -109,8 +109,7 @@ def encode(boxes, anchors):
 
 
 def decode(deltas, anchors, limit=math.log(1000 / 16)):
-    """The inverse of `encode` -> boxes [N, 4]. `limit` is the largest log-size: without it the exp
-    of an untrained network overflows."""
+    """The inverse of `encode` -> boxes [N, 4]. Larger log-sizes than `limit` could overflow."""
     c_a, d_a = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     c, d = c_a + deltas[:, :2] * d_a, d_a * deltas[:, 2:].clamp(max=limit).exp()
     return torch.cat([c - d / 2, c + d / 2], 1)
@@ -152,7 +151,7 @@ def new_numbers(keep):
 def semantic_target(target):
     """The category of each pixel, int64 [H, W]; IGNORE where the segment is void or crowd."""
     category = torch.where(target.crowd, IGNORE, target.categories)
-    return torch.cat([category.new_tensor([IGNORE]), category])[target.segments]
+    return F.pad(category, (1, 0), value=IGNORE)[target.segments]
 
 
 def thing_truth(target, isthing):
@@ -226,8 +225,7 @@ def crop(sample, top, left, window, *, size=None, flip=False, boxes=None, image_
     y, x = (max(top, 0), min(top + h, new_h)), (max(at, 0), min(at + w, new_w))
     if y[0] < y[1] and x[0] < x[1]:
         inside = (slice(y[0] - top, y[1] - top), slice(x[0] - at, x[1] - at))
-        part = resize_window(sample.image, (new_h, new_w), y, x=x)
-        image[:, inside[0], inside[1]] = part.clamp(0, 1)
+        image[(..., *inside)] = resize_window(sample.image, (new_h, new_w), y, x=x).clamp(0, 1)
         segments[inside] = sample.segments[rows[slice(*y), None], columns[slice(*x)]]
     boxes = mask_boxes(sample.segments, len(sample.categories)) if boxes is None else boxes
     # How many scaled pixels come before a native edge? `nearest` ascends: search for it.
@@ -240,8 +238,10 @@ def crop(sample, top, left, window, *, size=None, flip=False, boxes=None, image_
     truncated = torch.cat([full[:, :2] < 0, full[:, 2:] > torch.tensor([w, h])], 1)
     number = new_numbers(keep)
     segments = number[segments]
-    return image, Target(segments, sample.categories[keep], sample.crowd[keep], mask_boxes(
-        segments, len(full)), full, truncated, image_id, int(number[instance]), scale)
+    return image, Target(
+        segments, sample.categories[keep], sample.crowd[keep],
+        boxes=mask_boxes(segments, len(full)), full_boxes=full, truncated=truncated,
+        image_id=image_id, instance=int(number[instance]), scale=scale)
 
 
 def random_pixel(segments, box, chosen, size, generator):
