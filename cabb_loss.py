@@ -32,7 +32,7 @@ import torch
 
 
 def example():
-    """An object of which 2 of 4 pixels show, by hand, in x. Beta is 1, the anchor one pixel at 7.5.
+    """An object of which 2 of 4 pixels show, by hand, in x. Beta is 1, the anchor is [7, 8].
 
     The crop ends at x = 8, the object goes on: G|C = [6, 8] has centre 7, so delta_G = -0.5 and
     omega_G = 2. The network predicts [6, 10], a box of the set: CABB costs nothing. The standard

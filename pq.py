@@ -191,8 +191,8 @@ class PanopticQuality:
             for suffix, group in (("", thing | ~thing), ("_th", thing), ("_st", ~thing)):
                 result[name + suffix] = value[group].nanmean().item()
         right = s["tp_pixels"][thing].sum()
-        result["Acc_th"] = (100 * right / pixels[thing].sum()).item()
-        result["Prec_th"] = (100 * right / pixels[:, :-1][:, thing].sum()).item()
+        result["Acc_th"] = (100 * right / pixels[thing].sum()).item()                 # Eq. 2
+        result["Prec_th"] = (100 * right / pixels[:, :-1][:, thing].sum()).item()     # Eq. 3
         result["mIoU"] = iou.nanmean().item()
         columns = dict(pq=pq, sq=sq, rq=rq, pq_dagger=dagger, iou=iou, tp=tp.long(), fp=fp.long(),
                        fn=fn.long(), isthing=thing)
