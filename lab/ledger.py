@@ -1,0 +1,102 @@
+"""What networks cost: parameters, and multiply-adds on one image.
+
+Convention: a multiply-add is one product in a convolution, a fully connected layer or an attention.
+Norms, poolings, interpolations and softmax are not counted, as is the custom. All runs on torch's
+meta device, where a pass costs nothing, whatever the size of the image.
+
+    python -m lab.ledger          Seamless on Cityscapes, beside the paper's numbers
+"""
+import copy
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from seamless import Seamless, resnet_fpn
+
+META = torch.device("meta")
+# Parameters of layers that differ in the released code (see seamless.py).
+STRIDE_64 = 2048 * 256 * 9 + 2 * 256       # 3x3 convolution from conv5 and norm; here: no parameters
+MINIDL = 4 * 384 * 128 * 8                 # last convolutions of four MiniDL: 1x1 there, 3x3 here
+
+
+def parameters(*modules, trainable=False):
+    """The number of parameters of modules, of all or of those that learn."""
+    found = [p for m in modules for p in m.parameters() if p.requires_grad or not trainable]
+    return sum(p.numel() for p in found)
+
+
+def multiply_adds(function, *args):
+    """function(*args) without gradients -> its multiply-adds and its result."""
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        result = function(*args)
+    return count.get_total_flops() // 2, result                # two operations a multiply-add
+
+
+def cityscapes():
+    """Seamless as Cityscapes wants it, on the meta device: 19 categories, 8 of them things, one extra
+    level, stem, conv2 and the ResNet's norms frozen."""
+    with META:
+        body = resnet_fpn("resnet50", extra=1, frozen=2, frozen_norm=True)
+    return Seamless([False] * 11 + [True] * 8, body).eval().to(META)
+
+
+def seamless_ledger(net, size=(1024, 2048), detections=100):
+    """A Seamless on the meta device, one image of `size` -> {part: (parameters, of these trainable,
+    multiply-adds)}: the dense part, and `detections` objects that pass through both branches of the
+    region head."""
+    body, rph, rsh = net.body, net.proposal_head, net.region_head
+    image = torch.empty(1, 3, *size, device=META)
+    pooled = torch.empty(detections, body.channels, 14, 14, device=META)
+    whole, features = multiply_adds(body, image)
+    maps = {str(i): torch.empty(1, m[0].in_channels, *features[s].shape[2:], device=META)
+            for i, (m, s) in enumerate(zip(body.fpn.inner_blocks, body.strides))}
+    pyramid, _ = multiply_adds(body.fpn, maps)
+    dense = sum(multiply_adds(lambda f: rph.out(rph.conv(f)), f)[0] for f in features.values())
+    rows = {"ResNet": ([body.stages], whole - pyramid), "pyramid": ([body.fpn], pyramid),
+            "region proposal head": ([rph], dense),
+            "region head, boxes": ([rsh.fc, rsh.out], multiply_adds(rsh.classify, pooled)[0]),
+            "region head, masks": ([rsh.mask], multiply_adds(rsh.mask, pooled)[0]),
+            "semantic head": ([net.semantic_head], multiply_adds(net.semantic_head, features)[0])}
+    return {part: (parameters(*m), parameters(*m, trainable=True), work)
+            for part, (m, work) in rows.items()}
+
+
+def unified_ledger(net, size=(1024, 2048)):
+    """A network of embeddings and features (lab/unified.py), one image of `size` -> {part:
+    (parameters, multiply-adds)}; last the products of embeddings and features, of as many as there
+    are queries, or of 100 kernels. `net` stays as it is."""
+    net = copy.deepcopy(net).eval().requires_grad_(False).to(META)
+    body, pyramid = multiply_adds(net.body, torch.empty(1, 3, *size, device=META))
+    encoder, features = multiply_adds(net.encoder, pyramid)
+    if hasattr(net.family, "maps"):                            # kernels
+        work, count = multiply_adds(net.family.maps, pyramid)[0], net.family.detections
+    else:                                                      # the masks between layers included
+        work, answers = multiply_adds(net.family.answers, pyramid, features)
+        count = answers[-1][1].shape[1]
+    rows = {"body": (net.body, body), "feature encoder": (net.encoder, encoder),
+            "embeddings": (net.family, work)}
+    rows = {part: (parameters(m), work) for part, (m, work) in rows.items()}
+    return {**rows, "embeddings x features": (0, count * features.numel())}
+
+
+def print_seamless():
+    """The Cityscapes model, one network and two, beside the paper's numbers."""
+    net = cityscapes()
+    rows = seamless_ledger(net)
+    print("Cityscapes, one image of 1024x2048, 100 objects   parameters   trainable  multiply-adds")
+    for part, (count, learn, work) in rows.items():
+        print(f"  {part:44s} {count / 1e6:8.2f} M  {learn / 1e6:8.2f} M  {work / 1e12:10.3f} T")
+    count, _, work = (sum(row[i] for row in rows.values()) for i in range(3))
+    released = count + STRIDE_64 - MINIDL
+    # A second network has a body of its own, but stem and conv2 are frozen: the same in both.
+    body = parameters(net.body) - parameters(*net.body.stages[:2])
+    again = rows["ResNet"][2] + rows["pyramid"][2]
+    print(f"""                 paper                here                 here, with released layers
+  one network    51.43 M  0.514 T     {count / 1e6:.2f} M  {work / 1e12:.3f} T     {released:,}
+  two networks   78.06 M  0.864 T     {(count + body) / 1e6:.2f} M  {(work + again) / 1e12:.3f} T     \
+{released + body:,}
+The paper says that two networks need 50.4% more operations; 0.864 / 0.514 is 68% more.""")
+
+
+if __name__ == "__main__":
+    print_seamless()
