@@ -539,3 +539,18 @@ def test_the_example_and_the_demo(tmp_path, capsys):
     assert pq.example()["pq"] == pytest.approx(37.5)
     pq.demo(quick=True, out=tmp_path)
     assert (tmp_path / "pq.png").exists() and "2 of 22 cars" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_everything_is_the_same_on_a_gpu():
+    def cuda(sides):
+        return [[tuple(v.cuda() for v in image) for image in side] for side in sides]
+    assert str(measure(*cuda([IMAGES]))) == str(measure(IMAGES))
+    for kind, images in AP_IMAGES.items():
+        there = average_precision(*cuda(images), C, kind=kind)
+        assert str(there) == str(average_precision(*images, C, kind=kind))
+    args = [torch.as_tensor(v) for v in overlapping(3)]
+    there = [v.cuda() for v in args]
+    assert torch.equal(instance_pixels(*there[:5], isthing=ISTHING, gt_crowd=there[5]),
+                       instance_pixels(*args[:5], isthing=ISTHING, gt_crowd=args[5]))
