@@ -193,7 +193,7 @@ class Queries(nn.Module):
         w_class, w_mask, w_dice = self.weights
         cost = -w_class * logits.softmax(1)[:, categories] + w_mask * entropy + w_dice * overlap
         # A network that has diverged has NaN costs. Its loss is NaN and tells so; matching goes on.
-        cost = np.nan_to_num(cost.cpu().numpy(), nan=0, posinf=10 ** 6, neginf=-10 ** 6)
+        cost = np.nan_to_num(cost.cpu().numpy(), nan=0, posinf=10 ** 6)    # -inf does not occur
         query = torch.as_tensor(assign(-cost.T), device=x.device)         # [G], -1: left over
         segment = torch.where(query >= 0)[0]
         return segment, query[segment]
