@@ -18,7 +18,7 @@ class Parking:
 
     Segments 1 and 2 are ground and hedge (stuff). The vehicles follow, from the back to the front.
     Choice: a vehicle of which fewer than 40 pixels show is void.
-    Choice: four of five vehicles in a row have the row's own category: look-alikes are neighbours."""
+    Choice: four of five vehicles of a row have one category, so that look-alikes are neighbours."""
     categories = [Category("ground", False, (128, 128, 128)),
                   Category("hedge", False, (107, 142, 35)), Category("car", True, (0, 0, 142)),
                   Category("van", True, (0, 60, 100)), Category("bus", True, (119, 11, 32))]
