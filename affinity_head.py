@@ -166,7 +166,7 @@ class InstanceAffinityHead(nn.Module):
 # --- 3.5 Panoptic matching loss ---------------------------------------------------------------
 # The truth is renumbered to the channels "by maximising the intersection over union between their
 # bounding boxes". Choice: of all ways to give true things one detection of their category each, T*
-# has the largest sum of box IoUs. Boxes must overlap. No loss reads things without a detection.
+# has the largest sum of box IoUs. Boxes must overlap. No loss reads things without a match.
 
 def assign(gain):
     """The one-to-one assignment of rows to columns with the largest sum of gains, exactly.
@@ -365,6 +365,6 @@ if __name__ == "__main__":
     command_line(demo, __doc__, quick="20 steps", full="5000 steps")
 
 # Exercises
-# 1. Let phi_0 and phi_1 end in ReLU. What happens to the demo's loss of P against that of Psi?
-# 2. Train the demo's head on true boxes. What is left of its gain on bad boxes? (A.4 asks it too.)
-# 3. Set scale=1 in `panoptic_matching_loss`. Which test tells you the floor of the loss?
+# 1. Let phi_0 and phi_1 end in ReLU. Which test fails? What becomes of the demo's loss of P?
+# 2. Leave `box_gate` out of `dynamic_potential`. Which tests fail? What of two cars side by side?
+# 3. Make scale=1 the default of `panoptic_matching_loss`. Which test tells the floor of the loss?
