@@ -1,0 +1,252 @@
+"""The demo of adaptis.py: trains on overlapping cells by the clock, prints Table 1 and what becomes
+of larger images, draws adaptis.png.
+
+    python -m lab.demo_adaptis --weights runs/adaptis.pt              tables and figure, no training
+    python -m lab.demo_adaptis --weights FILE --authors DIR           and the authors' 700 cells
+
+--weights reads what the demo keeps, or last.pt of `train.py --dataset cells`. DIR is the folder of
+700_sample_clear.jpg, 700_sample_noisy.jpg and 700_sample_gt.png of the authors' repository.
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adaptis import AdaptIS, UNet
+from data import DataError, Target
+from lab.ap import AveragePrecision
+from lab.cells import OverlappingCells
+from lab.recipes import RECIPES
+from lab.runs import World, load_file
+from lab.worlds import SEEDS
+
+KEPT = Path("runs", "adaptis.pt")  # the weights of the last demo
+
+
+# --- The network ------------------------------------------------------------------------------
+
+def build(**changes):
+    """The network of the cells' recipe, with some of its settings changed."""
+    return AdaptIS([False, True], UNet(), **{**RECIPES["adaptis", "cells"]["model"], **changes})
+
+
+def load(path):
+    """The network of a file that the demo or train.py has written, in eval mode."""
+    if not Path(path).exists():
+        raise DataError(f"{path}: no such file; train a network first: python adaptis.py")
+    model = build()
+    try:
+        model.load_state_dict(load_file(path)["model"])
+    except (RuntimeError, KeyError, TypeError) as e:
+        raise DataError(f"{path} holds no weights of the cells' network; python adaptis.py writes "
+                        f"{KEPT}") from e
+    return model.eval()
+
+
+def fit(model, seconds, world, batch=8, top=0.002):
+    """Trains for `seconds` -> images seen. Each step takes `batch` new images. Adam; the rate rises
+    to `top` in the first 3% of the time and falls to 0 like a cosine.
+
+    Choice: the clock decides, so that a demo takes the same time on any machine."""
+    dataset = OverlappingCells(10**9, seed=SEEDS["train"])
+    optimiser, began = torch.optim.Adam(model.parameters(), top), time.time()
+    seen, reported = 0, -1
+    while (share := (time.time() - began) / seconds) < 1:
+        rate = min(1, share / 0.03 + 0.02) * (1 + math.cos(math.pi * share)) / 2
+        optimiser.param_groups[0]["lr"] = top * rate
+        samples = [dataset[i] for i in range(seen, seen + batch)]
+        targets = [whole_image(s).to(world.device) for s in samples]
+        images = torch.stack([s.image for s in samples])
+        images = images.to(world.device, memory_format=torch.channels_last)
+        with world.autocast():
+            losses = model.losses(images, targets)
+        optimiser.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimiser.step()
+        seen += batch
+        if int(share * 10) > reported:
+            reported = int(share * 10)
+            print(f"{time.time() - began:5.0f} s  {seen:6d} images  "
+                  + "  ".join(f"{k} {v.item():.3f}" for k, v in losses.items()), flush=True)
+    return seen
+
+
+def whole_image(sample):
+    """The Target of a sample that is not cropped. AdaptIS reads no boxes."""
+    none = torch.zeros(len(sample.categories), 4)
+    return Target(sample.segments, sample.categories, sample.crowd, none, none, none.bool())
+
+
+class Cut(nn.Module):
+    """A selection network that sees the whole map, with the remedy of released code: nothing
+    counts beyond a square of 2 `half` pixels around the point."""
+
+    def __init__(self, selection, half=48):
+        super().__init__()
+        self.selection, self.half = selection, half
+        self.share, self.corners = selection.share, selection.corners
+
+    def forward(self, features, points, shared=None, corners=None):
+        logits, corners = self.selection(features, points, shared, corners)
+        y, x = (torch.arange(n, device=logits.device) + 0.5 for n in logits.shape[1:])
+        points = points.flatten(0, 1)
+        near = [(v - points[:, d, None]).abs() < self.half for d, v in enumerate((x, y))]
+        return logits.masked_fill(~(near[0][:, None, :] & near[1][:, :, None]), -20), corners
+
+
+# --- Counting ---------------------------------------------------------------------------------
+
+def instance_map(prediction):
+    """The instances of a prediction as a map int64 [H, W]; 0: none. They come first among its
+    segments."""
+    return prediction.segments * (prediction.segments <= len(prediction.instances["scores"]))
+
+
+def found_and_false(labels, segments, categories):
+    """Instances [H, W] (0: none) against a label -> (found, objects, false): objects (category 1)
+    that an instance overlaps with an IoU above 1/2, which no two can; instances that found nothing.
+    An instance that lies mostly on void is neither."""
+    n, m = int(labels.max()), len(categories)
+    index = (labels * (m + 1) + segments).flatten()
+    shared = torch.bincount(index, minlength=(n + 1) * (m + 1)).view(n + 1, m + 1)
+    union = shared.sum(1, keepdim=True) + shared.sum(0) - shared
+    thing = F.pad(categories == 1, (1, 0))                     # of segment k; 0 is void
+    hit = (2 * shared > union) & thing
+    hit[0] = False
+    objects = thing & (shared.sum(0) > 0)
+    area = shared.sum(1)
+    false = ~hit.any(1) & (2 * shared[:, 0] <= area) & (area > 0)
+    return int(hit.sum()), int(objects.sum()), int(false[1:].sum())
+
+
+def measure(model, samples, world, precision=None):
+    """Predicts samples -> (found, objects, false, seconds an image); `precision` is updated."""
+    total, began = torch.zeros(3, dtype=torch.int64), time.time()
+    for count, sample in enumerate(samples, 1):
+        with torch.no_grad(), world.autocast():
+            found = model.predict(sample.image.to(world.device))
+        total += torch.tensor(found_and_false(instance_map(found).cpu(), sample.segments,
+                                              sample.categories))
+        if precision is not None:
+            instances = [found.instances[k].cpu() for k in ("masks", "scores", "categories")]
+            precision.update(*instances, sample.segments, sample.categories,
+                             isthing=torch.tensor([False, True]))
+    return *total.tolist(), (time.time() - began) / count
+
+
+def row(name, found, objects, false, seconds):
+    """Prints a line of the table of cells found -> the share that was found."""
+    print(f"{name:38s}{found:6d} of {objects:5d}{found / objects:8.1%}{false:7d} false"
+          f"{seconds:8.2f} s an image", flush=True)
+    return found / objects
+
+
+def table_1(model, count, world):
+    """AP on `count` test images, beside the paper's -> ({threshold: AP}, the share found)."""
+    dataset = OverlappingCells(count, seed=SEEDS["test"])
+    precision = AveragePrecision(2, (0.5, 0.7, 0.8, 0.9))
+    found = measure(model, (dataset[i] for i in range(count)), world, precision)
+    ap = precision.compute()["per_threshold"]
+    print(f"\nTable 1, {count} test images      AP@.5  AP@.7  AP@.8  AP@.9\n"
+          "paper: Mask R-CNN              74.6   59.4   43.8    5.8\n"
+          "paper: AdaptIS, 140 epochs     99.6   99.2   98.8   97.5\n"
+          "here:  AdaptIS              " + "".join(f"{v:7.1f}" for v in ap.values()) + "\n")
+    return ap, row(f"{count} of 96x96", *found)
+
+
+def larger_images(model, world, quick, full):
+    """Cells found in larger images, as densely filled -> {(side, name): share found}. The head with
+    a window, as trained, and the paper's head, which sees the whole map."""
+    whole = build(window=None)
+    whole.load_state_dict(model.state_dict())
+    cut = build(window=None, threshold=0.75)
+    cut.load_state_dict(model.state_dict())
+    cut.selection = Cut(cut.selection)
+    heads = {"window": model, "whole map": whole.to(world.device).eval(),
+             "whole map, cut, T = .75": cut.to(world.device).eval()}
+    plan = [(192, 8, name) for name in heads] + [(384, 12, "window")]
+    if full:
+        plan += [(384, 1, "whole map"), (384, 1, "whole map, cut, T = .75")]
+    if quick:
+        plan = [(192, 1, "window")]
+    shares = {}
+    for side, count, name in plan:
+        times, other = (side // 96) ** 2, heads[name]
+        patience, other.search["patience"] = other.search["patience"], 20 * times  # more points
+        dataset = OverlappingCells(count, side, (8 * times, 22 * times), seed=SEEDS["test"])
+        found = measure(other, (dataset[i] for i in range(count)), world)
+        shares[side, name] = row(f"{count} of {side}x{side}, {name}", *found)
+        other.search["patience"] = patience
+    return shares
+
+
+def authors_images(model, folder, world):
+    """The authors' clear and noisy image of 700 cells, and one of ours that is as dense."""
+    from PIL import Image
+    try:
+        truth = np.array(Image.open(Path(folder, "700_sample_gt.png"))).astype(np.int64)
+        images = {name: np.array(Image.open(Path(folder, f"700_sample_{name}.jpg")))
+                  for name in ("clear", "noisy")}
+    except OSError as e:
+        raise DataError(f"{folder}: {e}; --authors takes the folder of the authors' 700_sample_"
+                        "clear.jpg, _noisy.jpg and _gt.png") from e
+    model.search["patience"] = 20 * 16
+    dense = OverlappingCells(1, 384, (900, 900), seed=5, augment=False)[0]
+    row("as dense, ours, clear", *measure(model, [dense], world))
+    for name, image in images.items():
+        dense.image = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        dense.segments = torch.from_numpy(truth) + 1           # 0 was the ground
+        dense.categories = (torch.arange(int(truth.max()) + 1) > 0).long()
+        row(f"the authors' 700 cells, {name}", *measure(model, [dense], world))
+
+
+def cells(seconds=300, weights=None, authors=None, device="cpu", out="figures"):
+    """Trains for `seconds`, or reads `weights`; prints the tables, draws the figure -> ({IoU
+    threshold: AP}, share found on 96x96, {(side, head): share found}).
+
+    A run of less than a minute measures 20 images instead of 200. One of more than ten minutes adds
+    the slow rows of larger images."""
+    from lab.figure_adaptis import draw
+    world = World(device)
+    torch.manual_seed(0)
+    model = build() if weights is None else load(weights)
+    model = model.to(world.device, memory_format=torch.channels_last)
+    if weights is None:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"training for {seconds:g} s on {world.hardware()}, {count / 1e6:.2f}M weights")
+        seen = fit(model.train(), seconds, world)
+        print(f"trained on {seen} images: {seen / seconds:.0f} a second")
+        KEPT.parent.mkdir(exist_ok=True)
+        torch.save({"model": model.state_dict()}, KEPT)
+    model.eval()
+    quick, full = seconds < 60, seconds > 600
+    ap, share = table_1(model, 20 if quick else 200, world)
+    larger = larger_images(model, world, quick, full=full)
+    if authors:
+        authors_images(model, authors, world)
+    draw(Path(out, "adaptis.png"), model.cpu())
+    return ap, share, larger
+
+
+def main(argv=None):
+    """Tables and figure of a network that is trained already."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default=KEPT, help=f"default: {KEPT}")
+    parser.add_argument("--authors", metavar="DIR", help="folder of the authors' images")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", default="figures", help="folder of the figure")
+    try:
+        cells(**vars(parser.parse_args(argv)))
+    except DataError as e:
+        parser.error(str(e))
+
+
+if __name__ == "__main__":
+    main()
