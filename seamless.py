@@ -414,8 +414,8 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
         if free.sum() >= max(stuff_area, 1):
             kept.append((c, scores.new_ones(())))
             segments[free] = len(kept)
-    kept = zip(*kept) if kept else (categories[:0], scores[:0])
-    return segments, *(torch.stack(tuple(v)) for v in kept)
+    found = [torch.stack(v) for v in zip(*kept)] or [categories[:0], scores[:0]]
+    return segments, *found
 
 
 class Seamless(nn.Module):
