@@ -183,27 +183,28 @@ def colour_jitter(image, generator, strength, hue=0.0):
 
 
 def blend(old, new, start, length):
-    """Bilinear resizing of `old` to `new` pixels -> weights [length, old] of the old pixels in new
-    ones from `start` on. New pixel i is centred at c = (i + .5) s with s = old / new. The weights
-    are a triangle around c of half width max(1, s), antialiased where the image shrinks."""
-    centre = (torch.arange(start, start + length) + .5) * (old / new)
-    distance = (torch.arange(old) + .5 - centre[:, None]).abs()
-    weight = (1 - distance / max(old / new, 1)).clamp(min=0)
-    return weight / weight.sum(1, keepdim=True)
+    """Bilinear resizing of `old` to `new` pixels: new pixels from `start` on -> their weights
+    [length, n] of n old pixels, and the slice of these. New pixel i is centred at (i + .5) s with
+    s = old / new. The weights are a triangle around it of half width max(1, s): antialiased."""
+    centre, reach = (torch.arange(start, start + length) + .5) * (old / new), max(old / new, 1)
+    low, high = max(int(centre[0] - reach), 0), min(int(centre[-1] + reach) + 1, old)
+    distance = (torch.arange(low, high) + .5 - centre[:, None]).abs()
+    weight = (1 - distance / reach).clamp(min=0)
+    return weight / weight.sum(1, keepdim=True), slice(low, high)
 
 
 def resize_window(image, size, y, x):
     """Rows y[0] to y[1] - 1 and columns x[0] to x[1] - 1 of the image [3, H, W] resized to `size`.
 
-    Plain version: F.interpolate(image, size, mode="bilinear", antialias=True), then a slice. All of
-    an enlarged image may take 400 MB. This one computes only the slice."""
-    part = image.transpose(0, 1)                               # the axis to resize stands first
-    for new, (first, last) in zip(size, (y, x)):
-        if len(part) == new:
-            part = part[first:last]
-        else:
-            weight = blend(len(part), new, first, length=last - first).to_sparse()
-            part = torch.sparse.mm(weight, part.flatten(1)).view(-1, *part.shape[1:])
+    Plain version: F.interpolate(image, size, mode="bilinear", antialias=True), then a slice. This
+    computes only the slice: all of an enlarged image may take 400 MB."""
+    if image.shape[1:] == size:
+        return image[:, slice(*y), slice(*x)]
+    down, rows = blend(image.shape[1], size[0], y[0], length=y[1] - y[0])
+    across, columns = blend(image.shape[2], size[1], x[0], length=x[1] - x[0])
+    part = image[:, rows, columns].transpose(0, 1)             # the axis to resize stands first
+    for weight in (down, across):
+        part = torch.sparse.mm(weight.to_sparse(), part.flatten(1)).view(-1, *part.shape[1:])
         part = part.movedim(2, 0)                              # [H, 3, W] -> [W, h, 3] -> [3, w, h]
     return part.transpose(1, 2)
 
