@@ -188,8 +188,7 @@ def blend(old, new, start, length):
     s = old / new. The weights are a triangle around it of half width max(1, s): antialiased."""
     centre, reach = (torch.arange(start, start + length) + .5) * (old / new), max(old / new, 1)
     low, high = max(int(centre[0] - reach), 0), min(int(centre[-1] + reach) + 1, old)
-    distance = (torch.arange(low, high) + .5 - centre[:, None]).abs()
-    weight = (1 - distance / reach).clamp(min=0)
+    weight = (1 - (torch.arange(low, high) + .5 - centre[:, None]).abs() / reach).clamp(min=0)
     return weight / weight.sum(1, keepdim=True), slice(low, high)
 
 

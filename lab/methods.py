@@ -59,10 +59,12 @@ def build_body(settings):
 
 
 def build_seamless(isthing, body, model):
+    """Seamless on a body of these settings; `model` are its keywords."""
     return seamless.Seamless(isthing, build_body(body), **model)
 
 
 def build_maskrcnn(isthing, body, model):
+    """torchvision's Mask R-CNN with a semantic head; `model` are keywords of lab/peer.py."""
     return peer.MaskRCNN(isthing, build_body(body), **model)
 
 
@@ -108,10 +110,12 @@ def build_adaptis(isthing, body, model):
 
 
 def build_kernels(isthing, body, model):
+    """The network of kernels on which IBS is tried."""
     return unified.kernels(isthing, build_body(body), **model)
 
 
 def build_queries(isthing, body, model):
+    """The network of queries on which IBS is tried."""
     return unified.queries(isthing, build_body(body), **model)
 
 
@@ -133,6 +137,7 @@ def options_of(function):
 
 
 def seamless_options():
+    """The keywords of Seamless and their defaults."""
     return options_of(seamless.Seamless)
 
 

@@ -54,5 +54,6 @@ def sizes():
 
 
 def measure():
+    """Speed, then sizes."""
     speed()
     sizes()
