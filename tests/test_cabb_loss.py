@@ -203,11 +203,6 @@ def row(*numbers):
 
 # --- 2.2 Bounding box regression --------------------------------------------------------------
 
-def test_the_example_of_the_file():
-    standard, crop_aware = module.example()
-    assert standard == pytest.approx((1 + math.log(2) ** 2) / 2) and crop_aware < 1e-12
-
-
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_standard_loss_agrees_with_torch_and_torchvision(beta):
     """Huber norm with its slope, also at |z| = beta and 0; coding by BoxCoder((1, 1, 1, 1)); Eq. 1;
@@ -384,6 +379,14 @@ def test_o1_jumps_from_one_valley_to_the_other():
     omega = solve_o1(row(0.01, 0.01), row(4.5, 8), row(pred, pred), beta=1.0)
     assert omega.tolist()[0] == pytest.approx([0.5, 4 + math.sqrt(12)], abs=1e-8)
     assert solve_o1(row(1), row(-1), row(2 * math.e ** 3), beta=1.0).item() == pytest.approx(2)
+    for beta, low, hat, pred in (                              # rare: each needs one end of a stretch
+            (0.02, 1.3854699795849623, 2.8275747927038397, 0.45187223332346177),
+            (1 / 9, 0.22772957337947372, 2.8283686386048776, 1.5225255444682775),
+            (2.0, 0.5267480550804673, 5.461815851631977, 0.3603879598994344)):
+        low, hat, pred = (torch.tensor([v], dtype=float64) for v in (low, hat, pred))
+        lowest = brute_force(lambda t, i: o1_cost(t.exp(), hat, pred, beta=beta), low.log(),
+                             high=hat.log(), points=4000)
+        assert near(o1_cost(solve_o1(low, hat, pred, beta=beta), hat, pred, beta=beta), lowest)
     low = row(0.3, 1, 2, 7)
     for beta in BETAS:
         found = solve_o1(low, low - row(0, 0.5, 4, 20), low * row(1, 0.9, 0.5, 0.001), beta=beta)
@@ -523,7 +526,9 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(loss, wrong, sentence):
         loss(**{**good, **wrong}, crop_size=CROP)
 
 
-def test_the_demo_trains_judges_and_draws(tmp_path, capsys, monkeypatch):
+def test_the_example_and_the_demo(tmp_path, capsys, monkeypatch):
+    standard, crop_aware = module.example()
+    assert standard == pytest.approx((1 + math.log(2) ** 2) / 2) and crop_aware < 1e-12
     monkeypatch.setattr(demo_cabb.judge.__wrapped__, "__defaults__", (16,))      # fewer images
     cut, anchor = row(-60, 50, 100, 90), row(10, 40, 110, 80)  # 0 50 100 90 shows
     for box, cost in ((row(50, 50, 100, 90), 0), (row(-20, 50, 120, 90), 0.2 ** 2 / 2)):
