@@ -379,7 +379,7 @@ def test_o1_jumps_from_one_valley_to_the_other():
     omega = solve_o1(row(0.01, 0.01), row(4.5, 8), row(pred, pred), beta=1.0)
     assert omega.tolist()[0] == pytest.approx([0.5, 4 + math.sqrt(12)], abs=1e-8)
     assert solve_o1(row(1), row(-1), row(2 * math.e ** 3), beta=1.0).item() == pytest.approx(2)
-    for beta, low, hat, pred in (                              # rare: each needs one end of a stretch
+    for beta, low, hat, pred in (                              # each needs one end of a stretch
             (0.02, 1.3854699795849623, 2.8275747927038397, 0.45187223332346177),
             (1 / 9, 0.22772957337947372, 2.8283686386048776, 1.5225255444682775),
             (2.0, 0.5267480550804673, 5.461815851631977, 0.3603879598994344)):
