@@ -123,7 +123,7 @@ def pyramid_level(boxes, levels=4, canonical=224, k0=3):
     An object of `canonical` pixels (224: ImageNet's image size) belongs to level k0. Network and
     sampler must use the same rule. A NaN box gets level 1.
     Deviation: Porzi et al. 2019 print the root over all of the fraction, Mask R-CNN as here."""
-    size = (boxes[:, 2:] - boxes[:, :2]).nan_to_num().clamp(min=1e-6).prod(1).sqrt()
+    size = (boxes[:, 2:] - boxes[:, :2]).nan_to_num().clamp(min=0).prod(1).sqrt()
     return (k0 + (size / canonical).log2()).floor().clamp(1, levels).long()
 
 
