@@ -1,4 +1,4 @@
-"""The figure of adaptis.py: results, answers at single points, the greedy algorithm, a large one."""
+"""The figure of adaptis.py: results, answers at single points, the greedy algorithm."""
 import numpy as np
 import torch
 
@@ -41,14 +41,14 @@ def single_points(model, sample, axes):
     points = torch.cat([sample_points(sample.segments, numbers[k][None], 1, g)[0]
                         for k in (0, 0, 1, 2, len(numbers) // 2, -2)])
     logits, corners = model.selection(features, points[None])
-    grey = sample.image.mean(0)[..., None].expand(-1, -1, 3) * 0.5 + 0.4
+    grey = sample.image.mean(0)[..., None].expand(-1, -1, 3).numpy() * 0.5 + 0.4
     for ax, point, C, (x, y) in zip(axes, points, logits.sigmoid(), corners.tolist()):
         h, w = C.shape
-        confidence = torch.zeros(H, W)
+        confidence = np.zeros((H, W))
         confidence[y:y + h, x:x + w] = C[:H - y, :W - x]
-        heat = torch.tensor(plt.get_cmap("inferno")(confidence.numpy())[..., :3])
-        share = confidence[..., None].clamp(max=0.9)
-        ax.imshow((grey + (heat - grey) * share).clamp(0, 1), extent=(0, W, H, 0))
+        heat = plt.get_cmap("inferno")(confidence)[..., :3]
+        share = confidence[..., None].clip(max=0.9)
+        ax.imshow((grey + (heat - grey) * share).clip(0, 1), extent=(0, W, H, 0))
         ax.plot(*point.tolist(), "o", ms=7, mfc="cyan", mec="black")
         ax.add_patch(plt.Rectangle((x, y), w, h, fill=False, ec="grey", ls=":"))
     axes[0].set_title("image A: two points on one cell ...", fontsize=11, loc="left")

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import adaptis
 from adaptis import (AdaIN, AdaptIS, InstanceSelection, RelativeCoordConv, UNet, bilinear,
-                     binary_cross_entropy, focal_loss, local_maxima, normalized_focal_loss,
-                     sample_points, segment_instances)
+                     binary_cross_entropy, example, focal_loss, local_maxima,
+                     normalized_focal_loss, sample_points, segment_instances)
 from claims import claim
 from data import DataError, Sample, crop, mask_boxes
 from lab import clicks, demo_adaptis, figure_adaptis
@@ -35,11 +34,6 @@ def rand(*shape, seed=0):
 
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
-
-
-def share_is(count, n, p):
-    """Is count of n a likely outcome of probability p: within five standard deviations?"""
-    return abs(count - n * p) <= 5 * math.sqrt(n * p * (1 - p))
 
 
 def lively(module, seed=0):
@@ -104,15 +98,15 @@ def hills(h, w, seed, window=None):
 
 
 def slow_greedy(propose, unknown, rounds, *, threshold, patience, min_area):
-    """Section 4 on whole maps: the surest answer of each round, then R by a loop over pixels."""
+    """Section 4 on whole maps: the surest answer of each round, then R by one argmax."""
     (h, w), known, found, idle = unknown.shape, ~unknown, [], 0
     for points in rounds:
         if known[points[:, 1].long(), points[:, 0].long()].all() or idle == patience:
             continue
         whole = torch.zeros(len(points), h, w)
-        for out, c, (x, y) in zip(whole, *(v.tolist() for v in propose(points))):
-            for i, j in itertools.product(range(min(len(c), h - y)), range(min(len(c[0]), w - x))):
-                out[y + i, x + j] = c[i][j]
+        for out, c, (x, y) in zip(whole, *propose(points)):
+            part = out[y:y + c.shape[0], x:x + c.shape[1]]
+            part[:] = c[:part.shape[0], :part.shape[1]]
         means = [c[c > threshold].double().mean().nan_to_num() for c in whole]
         c = whole[int(torch.stack(means).argmax())]
         m = c > threshold
@@ -121,10 +115,8 @@ def slow_greedy(propose, unknown, rounds, *, threshold, patience, min_area):
             found.append(c)
             known = known | m
         idle = 0 if added else idle + 1
-    owner, labels, scores = torch.zeros(h, w).long(), torch.zeros(h, w).long(), []
-    for i, j in itertools.product(range(h), range(w)):
-        values = [threshold, *(c[i, j].item() for c in found)]
-        owner[i, j] = values.index(max(values))
+    labels, scores = torch.zeros(h, w).long(), []
+    owner = torch.tensor(torch.stack([torch.full((h, w), threshold), *found]).numpy().argmax(0))
     for k, c in enumerate(found, 1):
         if (owner == k).sum() >= max(min_area, 1):
             scores.append(c[owner == k].mean().item())
@@ -132,40 +124,28 @@ def slow_greedy(propose, unknown, rounds, *, threshold, patience, min_area):
     return labels, torch.tensor(scores)
 
 
-CASES = pytest.mark.parametrize("seed, window, min_area, patience, per_round", [
+@claim(PAPER, "6", "of 7 random points the surest is taken", "random_rounds", "adaptis.png")
+@claim(PAPER, "5", "proposals that have become segmented are removed", of="given_rounds")
+@pytest.mark.parametrize("seed, window, min_area, patience, per_round", [
     (0, None, 1, 20, 7), (1, None, 4, 20, 3), (2, (9, 7), 1, 5, 7), (3, (6, 12), 3, 3, 2),
     (4, (30, 30), 1, 2, 7), (5, (5, 5), 1, 99, 4)])
-
-
-@claim(PAPER, "6", "of 7 random points the surest is taken", "random_rounds", "adaptis.png")
-@CASES
-def test_random_points_rounds_of_the_slow_algorithm(seed, window, min_area, patience, per_round):
+def test_rounds_are_those_of_the_slow_algorithm(seed, window, min_area, patience, per_round):
     h, w, asked = 13, 15, []
     propose, unknown = hills(h, w, seed, window), rand(h, w, seed=seed + 9) > 0.1
-    labels, scores = segment_instances(
-        lambda points: asked.append(points) or propose(points), unknown, 0.6, 0.5, per_round,
-        patience, min_area=min_area, generator=seeded(seed))
-    expected, means = slow_greedy(propose, unknown, asked, threshold=0.6, patience=patience,
-                                  min_area=min_area)
-    assert torch.equal(labels, expected) and torch.allclose(scores, means, atol=1e-5)
-    assert labels.max() > 0
-    points = torch.cat(asked)                                  # each unknown pixel once at most
-    assert len(points.unique(dim=0)) == len(points) and (points % 1 == 0.5).all()
-    assert unknown[points[:, 1].long(), points[:, 0].long()].all()
-    assert all(len(p) == per_round for p in asked[:-1]) and len(asked[-1]) <= per_round
-
-
-@claim(PAPER, "5", "proposals that have become segmented are removed", of="given_rounds")
-@CASES
-def test_given_points_are_those_of_the_slow_algorithm(seed, window, min_area, patience, per_round):
-    h, w = 14, 17
-    propose, unknown = hills(h, w, seed, window), rand(h, w, seed=seed + 50) > 0.15
-    points = (rand(40, 2, seed=seed) * torch.tensor([w, h])).floor() + 0.5
-    labels, scores = segment_instances(propose, unknown, points=points, min_area=min_area,
-                                       patience=patience, per_round=per_round)
-    expected, means = slow_greedy(propose, unknown, points[:, None], threshold=0.5,
-                                  patience=patience, min_area=min_area)
-    assert torch.equal(labels, expected) and torch.allclose(scores, means, atol=1e-5)
+    given = (rand(40, 2, seed=seed) * torch.tensor([w, h])).floor() + 0.5
+    for points, rounds in ((None, asked), (given, given[:, None])):
+        labels, scores = segment_instances(
+            lambda batch: asked.append(batch) or propose(batch), unknown, 0.6, 0.5, per_round,
+            patience, points=points, min_area=min_area, generator=seeded(seed))
+        expected, means = slow_greedy(propose, unknown, rounds, threshold=0.6, patience=patience,
+                                      min_area=min_area)
+        assert torch.equal(labels, expected) and torch.allclose(scores, means, atol=1e-5)
+        if points is None:                                     # each unknown pixel once at most
+            assert all(len(p) == per_round for p in asked[:-1]) and len(asked[-1]) <= per_round
+            asked = torch.cat(asked)
+            assert len(asked.unique(dim=0)) == len(asked) and (asked % 1 == 0.5).all()
+            assert unknown[asked[:, 1].long(), asked[:, 0].long()].all() and labels.max() > 0
+            asked = []
 
 
 @claim(PAPER, "4", "added if the intersection is lower than 50%", of="segment_instances")
@@ -215,32 +195,29 @@ def test_a_mask_exceeds_the_threshold_and_counts_within_the_image():
     c = torch.tensor([[0.75] * 3 + [0.875] * 3 + [0.6] * 2])
     labels, scores = segment_instances(planted(c)[0], c > 0, 0.75, points=at((0, 0)))
     assert labels[0].tolist() == [0, 0, 0, 1, 1, 1, 0, 0] and scores.tolist() == [0.875]
+    answer = (torch.full((1, 2, 4), 0.9), torch.tensor([[2, 0]]))
     for known, count in ((2, 0), (1, 1)):                      # of 4 pixels inside, of 8 in all
         unknown = torch.ones(4, 4).bool()
         unknown[0, 4 - known:] = False
-        labels, scores = segment_instances(
-            lambda p: (torch.full((1, 2, 4), 0.9), torch.tensor([[2, 0]])), unknown,
-            points=at((0, 0)))
+        labels, scores = segment_instances(lambda p: answer, unknown, points=at((0, 0)))
         assert len(scores) == count and (labels > 0).sum() == 4 * count
 
 
 # --- 3 The network's parts --------------------------------------------------------------------
 
-def loop_bilinear(features, points, stride):
-    """The four centres around the point, which is moved to the outermost centres first."""
-    b, c, h, w = features.shape
-    out = torch.zeros(b, points.shape[1], c, dtype=features.dtype)
-    for n, k in itertools.product(range(b), range(points.shape[1])):
-        x, y = (float(v) / stride - 0.5 for v in points[n, k])
-        x, y = max(0.0, min(w - 1.0, x)), max(0.0, min(h - 1.0, y))
-        for i, j in itertools.product(range(h), range(w)):
-            out[n, k] += features[n, :, i, j] * max(0.0, 1 - abs(x - j)) * max(0.0, 1 - abs(y - i))
-    return out
+def tents(features, points, stride):
+    """Each centre weighs 1 - distance in x times 1 - distance in y. Points beyond the outermost
+    centres are moved there."""
+    axes = []
+    for d, n in enumerate(features.shape[:1:-1]):
+        place = (points[..., d] / stride - 0.5).clamp(0, n - 1)
+        axes.append((1 - (place[..., None] - torch.arange(n)).abs()).clamp(min=0))
+    return torch.einsum("bchw,bkw,bkh->bkc", features, *axes)
 
 
 @claim(PAPER, "3", "other parameters of AdaIN vary the output for the same input", of="AdaIN")
 def test_adain_is_its_formula():
-    assert adaptis.example().shape == (2, 4)
+    assert example().shape == (2, 4)
     x = randn(3, 4, 5, 6, dtype=torch.float64) * 3 + 2
     scale, shift = randn(3, 4, seed=1).double(), randn(3, 4, seed=2).double()
     out = AdaIN()(x, scale, shift)
@@ -274,7 +251,6 @@ def head(stride=2, window=(8, 12), coordinates=True, radius=9, blocks=1):
 
 
 def convolved(layer, x):
-    """Convolution of x [C, h, w], then ReLU."""
     return F.conv2d(x[None], layer.weight, layer.bias, padding=1)[0].clamp(min=0)
 
 
@@ -290,7 +266,7 @@ def dense(m, features, point, *, corner, size, stride, coordinates=True):
         kernel = torch.cat([kernel, F.pad(m.place.weight, (1, 1, 1, 1))], 1)   # 1x1 within 3x3
     z = F.conv2d(maps[None], kernel, m.share.bias, padding=1)[0].clamp(min=0)
     z = z[:, corner[1]:corner[1] + size[0], corner[0]:corner[0] + size[1]]
-    q = loop_bilinear(features[None], point[None, None], stride)[0, 0]
+    q = tents(features[None], point[None, None], stride)[0, 0]
     first, _, second, _, third = m.controller.layers           # linear, ReLU, linear, ReLU, linear
     q = third.weight @ (second.weight @ (first.weight @ q + first.bias).clamp(min=0) + second.bias
                         ).clamp(min=0) + third.bias
@@ -329,7 +305,7 @@ def test_head_is_the_dense_network(stride, window, coordinates, blocks):
                                  corner=corner[n].tolist(), size=size, coordinates=coordinates)
                 assert torch.allclose(found[n], expected, atol=2e-4)
     beyond = torch.tensor([[[-3.0, 99], [99, -3], [4, 99], [99, 4]]]).expand(2, 4, 2)
-    expected = loop_bilinear(features, beyond, stride)
+    expected = tents(features, beyond, stride)
     assert torch.allclose(bilinear(features, beyond, stride), expected, atol=1e-5)
 
 
@@ -356,20 +332,18 @@ def test_mask_does_not_depend_on_the_image_far_away():
     (a, corner_a), (b, corner_b) = m(small, points), m(large, moved)
     assert torch.allclose(a, b, atol=2e-3)
     assert torch.equal(corner_a + torch.tensor([20, 14]), corner_b)
-    m = head(window=None)
-    assert not torch.allclose(m(small, points)[0], m(large, moved)[0][:, 14:38, 20:52], atol=0.1)
+    a, b = (head(window=None)(f, p)[0] for f, p in ((small, points), (large, moved)))
+    assert not torch.allclose(a, b[:, 14:38, 20:52], atol=0.1)
 
 
 @claim(PAPER, "Figure 2", "points of one object produce the same mask", of="InstanceSelection")
 def test_two_points_of_one_object_give_one_mask():
-    """Where the embedding is the same all over an object, and no coordinates tell points apart."""
+    # The embedding is the same all over an object, and no coordinates tell points apart.
     features = randn(1, 4, 3)[:, :, blocks(8, 10, (0, 0, 8, 5), (2, 4, 7, 10))]
     points = at((2, 2), (12, 4), (8, 14), (12, 18))[None]      # two on each object; stride 2
     a, b, c, d = head(window=None, coordinates=False)(features, points)[0]
     assert torch.allclose(a, b, atol=1e-5) and torch.allclose(c, d, atol=1e-5)
     assert not torch.allclose(a, c, atol=0.1)
-    a, b, _, _ = head(window=None)(features, points)[0]
-    assert not torch.allclose(a, b, atol=0.1)                  # coordinates say where the point is
 
 
 @claim(PAPER, "6", "objects with coinciding boxes are told apart by points", of="AdaIN")
@@ -396,11 +370,11 @@ def test_objects_are_drawn_equally_often():
     points, ids = sample_points(segments, torch.tensor([1, 2, 4]), 6000, seeded(1))
     counts = torch.bincount(ids, minlength=5).tolist()
     assert counts[0] == counts[3] == 0
-    assert all(share_is(counts[k], 6000, 1 / 3) for k in (1, 2, 4))
+    assert all(abs(counts[k] - 2000) < 180 for k in (1, 2, 4))         # five standard deviations
     x, y = points.floor().long().unbind(1)
     assert torch.equal(segments[y, x], ids) and (points % 1 == 0.5).all()
     pixels = torch.bincount((y * 10 + x)[ids == 4], minlength=100)[95:99].tolist()
-    assert all(share_is(n, counts[4], 1 / 4) for n in pixels)  # pixels, too
+    assert all(abs(n - counts[4] / 4) < 97 for n in pixels)    # pixels, too
     one, _ = sample_points(blocks(4, 5, (3, 4, 4, 5)), torch.tensor([1]), 3, seeded(0))
     assert one.tolist() == [[4.5, 3.5]] * 3                    # an object of one pixel
 
@@ -411,16 +385,12 @@ def masks_of(n=3, seed=0):
             (rand(n, 4, 5, seed=seed + 2) > 0.3).double())
 
 
-def truth_probability(logits, masks):
-    return 1 / (1 + torch.exp(torch.where(masks, -logits, logits)))
-
-
 @claim(PAPER, "A", "NFL = -1/P (1 - p)^gamma log p", of="normalized_focal_loss")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("gamma", [0, 1, 2, 3.5])
 def test_nfl_is_its_formula_and_so_are_fl_and_bce(weighted, gamma):
     logits, masks, weight = masks_of()
-    p, w = truth_probability(logits, masks), weight if weighted else torch.ones(3, 4, 5)
+    p, w = torch.where(masks, logits, -logits).sigmoid(), weight if weighted else 1 + 0 * weight
     weight = weight if weighted else None
     for n in range(3):
         total = (w[n] * (1 - p[n]) ** gamma * -p[n].log()).sum()
@@ -434,13 +404,12 @@ def test_nfl_is_its_formula_and_so_are_fl_and_bce(weighted, gamma):
 
 @claim(PAPER, "A", "P is a number, not something to make large", of="normalized_focal_loss")
 def test_gradient_of_p_is_stopped():
-    """Central differences with P held fixed, and the docstring's formula, at every logit."""
     logits, masks, weight = masks_of(1)
     z = logits.clone().requires_grad_()
     grad = torch.autograd.grad(normalized_focal_loss(z, masks, weight).sum(), z)[0]
-    p = truth_probability(logits, masks)
+    sign = torch.where(masks, 1, -1)
+    p, above, below = ((sign * (logits + d)).sigmoid() for d in (0, 1e-4, -1e-4))
     P = (weight * (1 - p) ** 2).sum()
-    above, below = (truth_probability(logits + d, masks) for d in (1e-4, -1e-4))
     slope = (-(1 - above) ** 2 * above.log() + (1 - below) ** 2 * below.log()) / 2e-4
     assert torch.allclose(grad, weight * slope / P, atol=1e-6)
     pull = weight * (1 - p) ** 2 * ((1 - p) - 2 * p * p.log()) / P
@@ -450,7 +419,7 @@ def test_gradient_of_p_is_stopped():
 @claim(PAPER, "A", "NFL has the total gradient of BCE (no: more)", of="normalized_focal_loss")
 def test_nfl_pulls_harder():
     masks = rand(4, 5, 5) > 0.5
-    for z in (-3.0, 0.5, 2.0, 4.0):                            # all -log p equal: both losses are
+    for z in (-3.0, 0.5, 4.0):                                 # all -log p equal: both losses are
         logits = torch.where(masks, z, -z).double()
         nfl, bce = normalized_focal_loss(logits, masks), binary_cross_entropy(logits, masks)
         assert torch.allclose(nfl, bce, rtol=1e-4) and (focal_loss(logits, masks) < bce).all()
@@ -563,7 +532,6 @@ def model_of(maps, isthing=(False, True, True), proposal=None, stride=1, **kwarg
 
 
 def seen_as(categories, sure=0.9):
-    """An image [3, H, W] whose channels are the probabilities of the categories."""
     out = torch.full((3, *categories.shape), (1 - sure) / 2)
     return out.scatter(0, categories[None], sure)
 
@@ -576,7 +544,7 @@ def check_prediction(p, isthing, h, w):
     expected = dict(masks=masks, scores=p.scores[:things], categories=p.categories[:things],
                     boxes=mask_boxes(p.segments, n)[:things])
     assert all(torch.equal(p.instances[k], v) for k, v in expected.items())
-    assert p.scores[things:].tolist() == [1.0] * (n - things)
+    assert (p.scores[things:] == 1).all()
 
 
 def scene():
@@ -592,17 +560,20 @@ def test_stuff_comes_from_the_semantic_branch_and_things_from_the_greedy_algorit
     m = model_of(masks)
     p = m.predict(seen_as(categories))
     check_prediction(p, m.isthing.tolist(), 11, 14)
-    assert sorted(p.categories.tolist()) == [0, 1, 2]
     assert torch.equal(p.categories[p.segments - 1], categories)
     assert sorted(p.instances["scores"].tolist()) == pytest.approx([0.7, 0.8])
     asked, m.selection = m.selection.asked, Maps(*masks)
     assert all(categories[y, x] > 0 for x, y in asked)         # stuff is never asked
-    torch.manual_seed(5)
     m.predict(seen_as(categories))
     assert m.selection.asked == asked                          # results repeat
     for numbers in (dict(threshold=0.75), dict(min_area=21)):  # a thing without a mask is void
         p = model_of(masks, **numbers).predict(seen_as(categories))
         assert torch.equal(p.segments == 0, categories == 2)
+    scores = torch.full((11, 14), -4.0)                        # the points of a proposal branch
+    scores[5, 2], scores[1, 12], scores[8, 8], scores[7, 3] = 1.0, 5.0, 2.0, 0.5
+    m = model_of(masks, proposal=scores, per_round=1)
+    assert torch.equal(m.predict(seen_as(categories)).segments > 0, categories >= 0)
+    assert m.selection.asked == [(8, 8), (2, 5)]               # (12, 1) is stuff, (3, 7) known
     p = model_of([]).predict(seen_as(torch.ones(5, 7).long()))  # no object at all
     assert not p.segments.any() and len(p.scores) == 0
 
@@ -613,16 +584,6 @@ def test_the_backbone_runs_once_however_many_points_are_asked(flip):
     m = model_of([], patience=6, per_round=5, flip=flip)
     m.predict(seen_as(torch.ones(8, 8, dtype=torch.long)))
     assert m.encoder.seen == m.selection.share.seen == 1 + flip and len(m.selection.asked) == 30
-
-
-def test_points_are_the_local_maxima_of_the_proposal_branch():
-    categories, masks = scene()
-    scores = torch.full((11, 14), -4.0)
-    scores[5, 2], scores[1, 12], scores[8, 8], scores[7, 3] = 1.0, 5.0, 2.0, 0.5
-    m = model_of(masks, proposal=scores, per_round=1)
-    p = m.predict(seen_as(categories))
-    assert m.selection.asked == [(8, 8), (2, 5)]               # (12, 1) is stuff, (3, 7) known
-    assert torch.equal(p.categories[p.segments - 1], categories)
 
 
 @pytest.mark.parametrize("stuff_area, kept", [(0, [0, 1]), (6, [0, 1]), (7, [0]), (19, [])])
@@ -642,9 +603,9 @@ def test_the_category_of_an_instance_is_that_of_the_highest_summed_probability()
     image = torch.tensor([0.1, 0.8, 0.1])[:, None, None].repeat(1, 3, 8)
     image[:, 1, 1:4] = torch.tensor([0.02, 0.5, 0.48])[:, None]
     m = model_of([blocks(3, 8, (1, 1, 2, 5)) * 0.9])
-    for pixel, category in (([0.02, 0.03, 0.95], 2), ([0.02, 0.49, 0.49], 1)):
-        image[:, 1, 4] = torch.tensor(pixel)
-        assert m.predict(image).categories.tolist() == [category]
+    assert m.predict(image).categories.tolist() == [1]
+    image[:, 1, 4] = torch.tensor([0.02, 0.03, 0.95])
+    assert m.predict(image).categories.tolist() == [2]
     image = seen_as(torch.zeros(3, 8, dtype=torch.long), sure=0.98)    # a thing's, though stuff
     image[:, 1, 1:4] = torch.tensor([0.44, 0.11, 0.45])[:, None]       # has the highest sum
     p = model_of([blocks(3, 8, (1, 1, 2, 6)) * 0.9]).predict(image)
@@ -653,9 +614,7 @@ def test_the_category_of_an_instance_is_that_of_the_highest_summed_probability()
 
 @pytest.mark.parametrize("h, w, stride", [(11, 14, 2), (9, 9, 4), (1, 3, 2)])
 def test_images_whose_size_is_no_multiple_of_the_stride(h, w, stride):
-    """Cells repeat the last pixels; logits are bilinear between the centres of cells."""
-    image = rand(3, h, w, seed=h)
-    image[2] = 0
+    image = rand(3, h, w, seed=h) * torch.tensor([1, 1, 0])[:, None, None]
     p = model_of([], (False, False, True), stride=stride).predict(image)
     rows, columns = (torch.arange(-(-n // stride) * stride).clamp(max=n - 1) for n in (h, w))
     cells = F.avg_pool2d(image[None, :, rows[:, None], columns], stride).clamp(min=1e-9).log()
@@ -682,7 +641,6 @@ def test_with_flip_a_mirrored_image_gives_the_mirrored_result(width, window):
 
 
 def test_a_prediction_may_be_asked_at_another_size():
-    """The nearest pixels; what shrinks to nothing is dropped."""
     categories, masks = scene()
     m = model_of(masks)
     own = m.predict(seen_as(categories))
@@ -705,14 +663,9 @@ def small(loss=normalized_focal_loss, points=5, window=(8, 10), proposals=True, 
 
 def watch(m):
     """Points, logits and corners of every call of the head."""
-    seen, forward = [], m.selection.forward
-
-    def call(features, points, *args, **kwargs):
-        out = forward(features, points, *args, **kwargs)
-        seen.append((points.clone(), out[0].detach(), out[1].tolist()))
-        return out
-    m.selection.forward = call
-    return seen
+    calls = []
+    m.selection.register_forward_hook(lambda _, inputs, out: calls.append((inputs[1], *out)))
+    return calls
 
 
 def street(seed=0, h=16, w=20, crowd=False):
@@ -723,18 +676,13 @@ def street(seed=0, h=16, w=20, crowd=False):
 
 
 def category_of(t):
-    """Category of each pixel, -1 for void and crowd."""
     return F.pad(torch.where(t.crowd, -1, t.categories), (1, 0), value=-1)[t.segments]
 
 
-def pixels_of(t, point, corner, size):
-    """Pixels of a window, where truth is known: [((i, j) of the window, does the object of the
-    point show there)]. The point must lie on a thing that is no crowd."""
-    category, (h, w), (x, y) = category_of(t), t.segments.shape, point.long().tolist()
-    assert category[y, x] > 0 and (point % 1 == 0.5).all()
-    places = [(i, j, i + corner[1], j + corner[0]) for i in range(size[0]) for j in range(size[1])]
-    return [((i, j), bool(t.segments[v, u] == t.segments[y, x])) for i, j, v, u in places
-            if v < h and u < w and category[v, u] >= 0]
+def cut(values, corner, size):
+    """The window at corner (x, y) of a map [H, W]; 0 beyond the edge."""
+    u, v = corner.tolist()
+    return F.pad(values, (0, size[1], 0, size[0]))[v:v + size[0], u:u + size[1]]
 
 
 @pytest.mark.parametrize("h, w, window, stride", [
@@ -751,16 +699,18 @@ def test_the_losses_compare_masks_on_windows_and_categories_on_known_pixels(h, w
     ((points, logits, corners),), ((seen, masks, known),) = calls, given
     assert points.shape == (2, 5, 2) and torch.equal(logits, seen)
     for n in range(10):
-        pixels = pixels_of(targets[n // 5], points[n // 5, n % 5], corners[n], masks.shape[1:])
-        assert {ij for ij, _ in pixels} == set(map(tuple, known[n].nonzero().tolist()))
-        assert all(masks[n][ij] == shows for ij, shows in pixels)
+        t, (x, y) = targets[n // 5], points[n // 5, n % 5].long().tolist()
+        clear, size = category_of(t) >= 0, masks.shape[1:]
+        assert category_of(t)[y, x] > 0 and (points % 1 == 0.5).all()
+        assert torch.equal(known[n], cut(clear, corners[n], size))
+        shows = cut(clear & (t.segments == t.segments[y, x]), corners[n], size)
+        assert torch.equal(masks[n] & known[n], shows)
     value = normalized_focal_loss(seen, masks, known).mean().item()
     assert losses["masks"].item() == pytest.approx(value, rel=1e-5)
     logits = F.interpolate(m.semantic(m.encoder(images)), scale_factor=stride, mode="bilinear")
-    total = [z[category[i, j], i, j].item() for z, category in
-             zip(logits.log_softmax(1), map(category_of, targets))
-             for i, j in (category >= 0).nonzero().tolist()]
-    assert losses["semantic"].item() == pytest.approx(-sum(total) / len(total), rel=1e-4)
+    picked = [z[(c[c >= 0], *torch.where(c >= 0))] for z, c in
+              zip(logits.log_softmax(1), map(category_of, targets))]
+    assert losses["semantic"].item() == pytest.approx(-torch.cat(picked).mean().item(), rel=1e-4)
 
 
 def test_an_image_without_objects_adds_zero():
@@ -771,8 +721,7 @@ def test_an_image_without_objects_adds_zero():
         assert found.item() == pytest.approx(value) and found.requires_grad
     m = small()
     m.losses(rand(2, 3, 16, 20), [street(0), empty])["masks"].backward()
-    for part in (m.encoder, m.selection):
-        assert all(p.grad.isfinite().all() for p in part.parameters())
+    assert all(p.grad.isfinite().all() for p in m.encoder.parameters())
 
 
 def second_stage(m):
@@ -797,7 +746,6 @@ def test_while_proposals_learn_nothing_else_moves():
     assert moved and all(n.startswith("proposal") for n in moved)
     m.requires_grad_(True).train()                             # the first stage comes back
     assert set(m.losses(rand(1, 3, 16, 20), [street(0)])) == {"masks", "semantic"}
-    assert any(not torch.equal(b, before[n]) for n, b in m.named_buffers() if "encoder" in n)
 
 
 @claim(PAPER, "5", "of 48 points on a random object the top 20% by IoU are positive", of="AdaptIS")
@@ -813,13 +761,12 @@ def test_the_proposal_loss_is_that_of_a_loop(seed):
     ((points, logits, corners),), maps = calls, m.proposal(m.encoder(images)).detach()
     for b in (0, 2):
         (k,) = {int(things[y, x]) for x, y in points[b].long().tolist()}       # one object
-        known, ious = F.pad(category_of(targets[b]) >= 0, (0, 30, 0, 24)), []
-        for n, (u, v) in enumerate(corners[48 * b:48 * b + 48], 48 * b):
-            window = (slice(v, v + 24), slice(u, u + 30))
-            claimed = (logits[n].sigmoid() > m.threshold) & known[window]
-            right = (claimed & (F.pad(things, (0, 30, 0, 24))[window] == k)).sum().item()
+        clear, ious = category_of(targets[b]) >= 0, []
+        for n in range(48 * b, 48 * b + 48):
+            claimed = (logits[n].sigmoid() > m.threshold) & cut(clear, corners[n], (24, 30))
+            right = (claimed & cut(things == k, corners[n], (24, 30))).sum().item()
             ious.append(right / (claimed.sum().item() + (things == k).sum().item() - right))
-        z, order = loop_bilinear(maps[b:b + 1], points[b:b + 1], 2)[0, :, 0], sorted(ious)[::-1]
+        z, order = tents(maps[b:b + 1], points[b:b + 1], 2)[0, :, 0], sorted(ious)[::-1]
         assert order[9] > order[10]                            # else a tie could go either way
         each.append(F.softplus(z).sum() - z[torch.tensor(ious) >= order[9]].sum())
     assert loss.item() == pytest.approx(sum(each).item() / 96, rel=1e-4)
@@ -835,18 +782,15 @@ def test_stages_are_the_masks_and_then_the_proposals():
     stages, learning = m.stages(FIT), []
     assert [(name, steps) for name, _, steps in stages] == [("masks", 75), ("proposals", 25)]
     for stage, optimiser, _ in stages:
-        assert isinstance(optimiser, torch.optim.Adam)
         for g in optimiser.param_groups:
             parts = {names[id(p)].split(".")[0] for p in g["params"]}
-            assert (parts == {"proposal"}) == (stage == "proposals")
-            assert g["betas"] == (0.9, 0.999) and g["weight_decay"] == 0.5
+            assert (parts == {"proposal"}) == (stage == "proposals") and g["betas"] == (0.9, 0.999)
+            assert isinstance(optimiser, torch.optim.Adam) and g["weight_decay"] == 0.5
             assert g["lr"] == (5e-5 if parts == {"encoder"} else 1e-4)
             learning += [names[id(p)] for p in g["params"]]
     assert sorted([*learning, "encoder.last.0.weight"]) == sorted(names.values())
     stages = small(proposals=False).stages(FIT)
     assert [(name, steps) for name, _, steps in stages] == [("masks", 100)]
-    found = small(proposals=False).losses(rand(1, 3, 16, 20), [street(0)])
-    assert set(found) == {"masks", "semantic"}
 
 
 # --- 6 The toy's backbone, the world, the demo ------------------------------------------------
@@ -871,12 +815,9 @@ def test_the_cells_are_those_that_results_were_measured_on():
         digest.update((sample.image * 255).round().byte().numpy().tobytes())
         digest.update(sample.segments.byte().numpy().tobytes())
     assert digest.hexdigest()[:16] == "ff65c999316e1d78"
-    segments, categories, crowd = OverlappingCells(2, (60, 150), (0, 3), augment=False).labels(1)
-    assert segments.shape == (60, 150) and categories.tolist()[0] == 0 and not crowd.any()
 
 
 def test_the_demo_in_small(tmp_path, monkeypatch):
-    """The figure of an untrained network, and a click."""
     import matplotlib
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(matplotlib.rcParams, "figure.dpi", 15)
@@ -887,7 +828,6 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
     demo_adaptis.cells(0.05, out=str(tmp_path))
     assert (tmp_path / "adaptis.png").stat().st_size > 0
     canvas = clicks.window(demo_adaptis.load(demo_adaptis.KEPT), tiny[0].image).canvas
-    canvas.draw()
     x, y = canvas.figure.axes[0].transData.transform((9.0, 12.0))
     event = matplotlib.backend_bases.MouseEvent("button_press_event", canvas, x, y, 1)
     canvas.callbacks.process("button_press_event", event)
@@ -900,10 +840,8 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
     (lambda: AdaptIS([False, False], UNet()), "nothing to point at"),
     (lambda: sample_points(blocks(4, 5), torch.zeros(0).long(), 4), "at least one"),
     (lambda: sample_points(blocks(4, 5, (0, 0, 2, 2)), torch.tensor([1, 9]), 4), "with a pixel"),
-    (lambda: sample_points(2 * blocks(4, 5, (0, 0, 2, 2)), torch.tensor([1]), 4), "with a pixel"),
     (lambda: OverlappingCells(3, 49), "50 pixels at least"),
     (lambda: OverlappingCells(3, 96, (5, 4)), r"\(fewest, most\)"),
-    (lambda: OverlappingCells(3)[3], "there are 3"),
     (lambda: demo_adaptis.load("nowhere.pt"), "train a network first"),
     (lambda: demo_adaptis.authors_images(None, "nowhere", None), "--authors takes the folder"),
     (lambda: clicks.read("nowhere.png"), "cannot be read as an image")])
