@@ -158,7 +158,7 @@ def run(argv=None):
     args["eval_images"] = own.images or args["eval_images"]
     world = runs.World(flags.device, flags.precision, flags.threads)
     dataset = train.open_dataset(args, "test")
-    model = train.build_model(args, dataset.categories, world, state, own.checkpoint)
+    model = train.build_model(args, dataset.categories, world, state=state, path=own.checkpoint)
     table = compare(model, dataset, world, short_side=args["crops"]["short_side"],
                     images=own.images)
     print(text(table, min(own.images or len(dataset), len(dataset))))
