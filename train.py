@@ -71,7 +71,8 @@ def build_sampler(dataset, args, world, folder, start):
         table = isus.build_index(dataset)
     elif mode in ("isus", "cus", "paired"):                    # labels on disk are read once
         cache = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
-        table = index.cached_index(dataset, cache, world.rank, world.size, args["workers"])
+        table = index.cached_index(dataset, cache, world.rank, world_size=world.size,
+                                   workers=args["workers"])
     place = dict(batch=batch // world.size, seed=args["seed"], start=start, rank=world.rank,
                  world=world.size)
     canonical = args["model"].get("canonical")

@@ -63,6 +63,7 @@ def evaluate(model, dataset, world, folder, *, short_side=0, images=0, workers=0
     the same on any number of processes. Writes metrics.json, predictions.png and the predictions in
     COCO panoptic format into `folder`. `about` (seed, command, ...) is kept among the metrics."""
     model.eval()
+    world.align(model)
     isthing = torch.tensor([c.isthing for c in dataset.categories])
     quality = PanopticQuality(isthing)
     precision = {kind: AveragePrecision(len(isthing), kind=kind) for kind in ("mask", "box")}

@@ -75,6 +75,13 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def align(self, model):
+        """Gives every rank the statistics of rank 0's norms. Without it the ranks of a run on CPUs
+        would evaluate networks that differ; on GPUs the norms are synchronised anyway."""
+        for buffer in model.buffers():
+            if self.size > 1 and buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
+
     def say(self, *text):
         if self.rank == 0:
             print(*text, flush=True)

@@ -75,7 +75,7 @@ def resolve(dataset, method, fit, explicit, stored=None):
     `fit` is train.py's function of that name; `explicit` {(section, name): value} is what the
     command line says; `stored` are the settings of a checkpoint, which replace the recipe. Raises
     DataError for a setting that does not exist, naming those that do."""
-    if stored is None and (method, dataset) not in RECIPES:
+    if not stored and (method, dataset) not in RECIPES:
         known = ", ".join(sorted(d for m, d in RECIPES if m == method))
         raise DataError(f"there is no recipe for --method {method} on --dataset {dataset}; "
                         f"{method} has recipes for {known}")

@@ -30,7 +30,7 @@ BODY = ["--set", "body.name=tiny", "body.width=16", "crops.size=(64, 96)", "fit.
         "fit.interval=2", "fit.warmup=4"]
 SMALL = [*QUICK, *BODY, "model.rois=16", "model.proposals=20"]
 CELLS = [*QUICK, "--dataset", "cells", "--set", "fit.batch=2", "fit.interval=2"]
-PAIRS = [*QUICK, *BODY, "--method", "queries"]
+PAIRS = [*QUICK, "--method", "queries", *BODY]
 
 
 def call(*words):
