@@ -16,7 +16,7 @@ controller, turn it into scales and shifts. They set a small network, the head, 
                                |                                       |
     (x, y) -----------> Q(x, y), bilinear --> controller               |             once a point
        |                                          | scale, shift       |
-       '--> coordinates C relative to (x, y) -----|------> conv of [F; C] --> AdaIN --> ... --> mask
+       '--> coordinates X relative to (x, y) -----|------> conv of [F; X] --> AdaIN --> ... --> mask
 
     AdaIN(x) = scale * (x - mean) / std + shift           mean and std over the pixels of a channel
 
@@ -84,8 +84,8 @@ class RelativeCoordConv(nn.Module):
         clip((x - x_point) / R, -1, 1),    clip((y - y_point) / R, -1, 1)
 
     points [N, 2] and the windows' upper left corners [N, 2] in pixels, `size` (height, width) in
-    cells. R "roughly sets the maximum size of an object": beyond it all places look alike. The name
-    is the paper's; the convolution is `place` in InstanceSelection."""
+    cells. R "roughly sets the maximum size of an object": beyond it all places look alike. The
+    convolution is `place` in InstanceSelection. (Released code adds a third map, the distance.)"""
 
     def __init__(self, radius, stride):
         super().__init__()
@@ -132,17 +132,17 @@ class InstanceSelection(nn.Module):
     """The head: features [B, C, h, w] and points [B, K, 2] -> logits of a window around each point,
     [B K, H', W'] in pixels, and the windows' upper left corners [B K, 2] (x, y) in pixels.
 
-    The first layer convolves the features F beside the coordinates C. A convolution of a
+    The first layer convolves the features F beside the coordinates X. A convolution of a
     concatenation is a sum of two convolutions, of which the first is done once an image:
 
-        W * [F; C] = W_F * F + W_C * C                `share` is W_F, `place` is W_C
+        W * [F; X] = W_F * F + W_X * X                `share` is W_F, `place` is W_X
 
     Deviation: the paper's head sees the whole image (window=None). A cell fills 3% of 96x96 pixels
       but 0.2% of 384x384. That shifts the mean in AdaIN: a head that learned on small images fails
       on large ones. So it sees only `window` (height, width) pixels around the point.
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
       no numbers; released code has three layers before its only AdaIN.
-    Choice: W_C is 1x1. Coordinates are linear: 3x3 says more only where they are clipped.
+    Choice: W_X is 1x1. Coordinates are linear: 3x3 says more only where they are clipped.
     Choice: the last layer gives stride^2 values a cell, one for each of its pixels."""
 
     def __init__(self, channels, stride, *, width=32, blocks=3, window=None, radius=280,
@@ -177,7 +177,7 @@ class InstanceSelection(nn.Module):
         corners = around if corners is None else corners
         x = shared.movedim(1, -1)[window_index(corners, size, K)].movedim(-1, 1)
         if self.place is not None:
-            x = x + self.place(self.relative(points, corners * self.stride, size))   # + W_C * C
+            x = x + self.place(self.relative(points, corners * self.stride, size))   # + W_X * X
         x = self.adain(F.relu(x), scales[0], shifts[0])
         for layer, scale, shift in zip(self.adapted, scales[1:], shifts[1:]):
             x = self.adain(F.relu(layer(x)), scale, shift)
@@ -378,15 +378,16 @@ class AdaptIS(nn.Module):
 
     def losses(self, images, targets):
         """images [B, 3, H, W], B Targets -> {"masks", "semantic"}, or {"proposals"} in the second
-        stage, when all else is frozen. Void and crowds teach nothing.
+        stage, when nothing but that branch learns. Void and crowds teach nothing.
         Second stage: 48 random points on a random object of each image. The "top 20%" by the IoU of
         their masks with the truth are positive, the others negative (released code: soft targets).
         Choice: all weights 1; cross entropy for the semantic branch (released code: NFL)."""
         (H, W), s = images.shape[2:], self.stride
-        frozen = [self.encoder, self.selection, self.semantic]
-        second = not any(p.requires_grad for module in frozen for p in module.parameters())
-        for module in frozen if second else ():
-            module.eval()                                      # running statistics stay, too
+        learning = {name for name, part in self.named_children()
+                    if any(p.requires_grad for p in part.parameters())}
+        second = learning == {"proposal"}
+        for part in (self.encoder, self.selection, self.semantic) if second else ():
+            part.eval()                                        # running statistics stay, too
         segments = torch.stack([F.pad(~t.crowd, (1, 0))[t.segments] * t.segments for t in targets])
         segments = F.pad(segments, (0, -W % s, 0, -H % s))     # whole cells; the rest is void
         K = 48 if second else self.points
@@ -456,7 +457,7 @@ class AdaptIS(nn.Module):
         sums = semantic.new_zeros(n + 1, classes)
         sums.index_add_(0, labels.flatten(), semantic.flatten(1).t())          # of p_l over M
         things = sums[1:].masked_fill(~self.isthing, -1).argmax(1)
-        stuff = torch.where(self.isthing[category], 0, n + 1 + category)
+        stuff = torch.where(self.isthing[category], 0, n + 1 + category)       # things are 1..n
         segments = torch.where(labels > 0, labels, stuff)
         if size is not None:                                   # the nearest: numbers must not mix
             segments = segments[nearest(H, size[0])[:, None], nearest(W, size[1])]
@@ -477,7 +478,6 @@ class AdaptIS(nn.Module):
 
 class UNet(nn.Module):
     """images [B, 3, H, W] -> [B, channels, ceil(H / stride), ceil(W / stride)].
-
     Choice: the text says no more than "U-Net". This one first folds 2x2 pixels into channels, which
     saves three quarters of the work. `widths` are the channels at strides 2, 4, 8, 16."""
 
