@@ -18,4 +18,5 @@ def claim(paper, where, text, of="", figure="", result=""):
     RESULTS.md."""
     if paper not in PAPERS:
         raise ValueError(f"no paper {paper!r}: take one of {', '.join(PAPERS)}")
-    return pytest.mark.claim(paper=paper, where=where, text=text, of=of, figure=figure, result=result)
+    return pytest.mark.claim(paper=paper, where=where, text=text, of=of, figure=figure,
+                             result=result)
