@@ -404,9 +404,10 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
     2. What remains takes the semantic category if it is stuff, and is void if it is a thing.
     3. A stuff category of fewer than `stuff_area` pixels in all becomes void."""
     segments, kept = torch.zeros_like(semantic), []
-    for i in scores.argsort(descending=True, stable=True).tolist():
+    order = scores.argsort(descending=True, stable=True)
+    for i in order[scores[order] >= score_threshold].tolist():
         free, area = masks[i] & (segments == 0), masks[i].sum()
-        if scores[i] >= score_threshold and area > 0 and free.sum() >= overlap * area:
+        if area > 0 and free.sum() >= overlap * area:
             kept.append((categories[i], scores[i]))
             segments[free] = len(kept)
     for c in torch.where(~isthing)[0]:
@@ -414,8 +415,7 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
         if free.sum() >= max(stuff_area, 1):
             kept.append((c, scores.new_ones(())))
             segments[free] = len(kept)
-    found = [torch.stack(v) for v in zip(*kept)] or [categories[:0], scores[:0]]
-    return segments, *found
+    return segments, *([torch.stack(v) for v in zip(*kept)] or [categories[:0], scores[:0]])
 
 
 class Seamless(nn.Module):

@@ -4,6 +4,11 @@ Two semantic heads learn on one small body from the same crops of the toy street
 window as large as its smallest training map, and the same with DeepLab's global pooling. Then both
 label the same central pixels of unseen scenes, in images that show more and more of their
 surroundings. How many labels differ from those in the largest image?
+
+What it shows (one seed, 260 steps, 60 scenes). From 128x128 to 256x512 MiniDL changes 15.8% of the
+labels, global pooling 13.3%. From 256x256 on, beyond the reach of its window, MiniDL changes 3.3%,
+global pooling 4.0%; from 256x384 on 0.5% and 1.5%. What it does not show: the mIoU of both falls as
+the image grows, from 50 to 38 and 43. Perhaps all layers learn to expect the border of a crop.
 """
 import time
 from pathlib import Path
