@@ -1,6 +1,9 @@
 """The figure of adaptis.py: results, answers at single points, the greedy algorithm."""
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from adaptis import sample_points, segment_instances
 from lab.cells import OverlappingCells
@@ -57,11 +60,10 @@ def single_points(model, sample, axes):
 
 def greedy_steps(model, sample, axes):
     """The map of segmented objects after some rounds of the greedy algorithm, and the points that
-    the next round asks. It runs again for each panel, and answers without an object stop it."""
+    the next round asks. It runs again for each panel, and finds nothing after these rounds."""
     H, W = sample.image.shape[1:]
     features = model.encoder(sample.image[None])
-    logits = torch.nn.functional.interpolate(model.semantic(features), scale_factor=model.stride,
-                                             mode="bilinear")
+    logits = F.interpolate(model.semantic(features), scale_factor=model.stride, mode="bilinear")
     unknown = logits[0, :, :H, :W].argmax(0) == 1
 
     def after(rounds):
@@ -72,22 +74,19 @@ def greedy_steps(model, sample, axes):
             asked.append(points)
             return logits.sigmoid() * (len(asked) <= rounds), corners
 
-        patience = 1 if rounds < 10**6 else 20
-        labels, _ = segment_instances(propose, unknown, model.threshold, per_round=7,
-                                      patience=patience if rounds else 1,
+        labels, _ = segment_instances(propose, unknown, model.threshold,
                                       generator=torch.Generator().manual_seed(0))
         return labels, asked
 
-    last, asked = after(10**6)
-    count = int(last.max())
-    for ax, rounds in zip(axes, (0, 2, 5, 9, 14, 10**6)):
-        labels, points = after(rounds)
+    count = int(after(math.inf)[0].max())
+    for ax, rounds in zip(axes, (0, 2, 5, 9, 14, math.inf)):
+        labels, asked = after(rounds)
         panel = coloured(sample.image, labels, max(count, int(labels.max())))
         panel[(unknown & (labels == 0)).numpy()] = 0.6
         ax.imshow(panel, extent=(0, W, H, 0))
-        if rounds < 10**6:
-            ax.plot(*points[-1].T.numpy(), "o", ms=4, mfc="white", mec="black")
-        name = f"{rounds} rounds" if rounds < 10**6 else f"the end, {len(asked)} rounds"
+        if len(asked) > rounds:
+            ax.plot(*asked[rounds].T.numpy(), "o", ms=4, mfc="white", mec="black")
+        name = f"the end, {len(asked)} rounds" if rounds == math.inf else f"{rounds} rounds"
         ax.set_title(f"{name}: {int(labels.max())} cells", fontsize=11)
     axes[0].set_ylabel("grey: unknown; dots: the\nseven points asked next", fontsize=9)
 
