@@ -570,13 +570,16 @@ def test_a_prediction_at_another_size(masks, headed):
     in the box, or, without masks, the category's pixels in the box."""
     base, size, head = Base(masks), (100, 180), loud_head(3, std=.1) if headed else None
     model, found = ah.Affinity(base, head), base.found
-    logits = base.semantic_head(base.body(IMAGES))
-    base.stuff_area = 400 * 2048 * 1024 / (100 * 180)          # 400 pixels of this size
-    p, sure = model.predict(IMAGES[0], size), {k: v[:3] for k, v in found.items()}
+    logits, sure = base.semantic_head(base.body(IMAGES)), {k: v[:3] for k, v in found.items()}
     psi, channels = ah.dynamic_potential(sure, logits[0], ISTHING, (62, 95))
     psi = head(base.body(IMAGES[:1]), [psi])[0] if headed else psi
-    expected = ah.segment(psi, channels, sure["scores"], size, 400)
-    assert all(torch.equal(a, b) for a, b in zip(p, expected)) and len(p.categories) > 2
+    segments, categories, _ = ah.segment(psi, channels, sure["scores"], size)
+    area = segments.flatten().bincount()[1:][~ISTHING[categories]].min().item() + 1
+    base.stuff_area = area * 2048 * 1024 / (100 * 180)         # the smallest stuff becomes void
+    p, expected = model.predict(IMAGES[0], size), ah.segment(psi, channels, sure["scores"], size,
+                                                             area)
+    assert all(torch.equal(a, b) for a, b in zip(p, expected))
+    assert 1 < len(p.categories) < len(categories) and (ISTHING[p.categories]).any()
     boxes = found["boxes"] * torch.tensor([180 / 95, 100 / 62] * 2)
     torch.testing.assert_close(p.instances["boxes"], boxes)
     v = F.interpolate(logits[:1], size, mode="bilinear")[0].argmax(0)
