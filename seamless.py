@@ -297,7 +297,7 @@ class RegionSegmentationHead(nn.Module):
         logits, deltas = self.classify(pooled)
         boxes, p, n = torch.cat(yes), len(gt), max(len(pooled), 1)
         labels = F.pad(self.number[categories], (0, len(pooled) - p))           # 0 is void
-        own = torch.arange(p), labels[:p] - 1                  # the true category of a positive
+        own = torch.arange(p, device=gt.device), labels[:p] - 1    # true category of each positive
         box = self.box_loss(deltas[own], gt, boxes, beta=0.1, crop_size=size, truncated=cut)
         masks = self.mask(pooled[:p]).float()[own]
         return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
@@ -394,6 +394,23 @@ def hardest_pixels_loss(logits, target, fraction=0.25):
 
 # --- 3.5 Testing and panoptic fusion ----------------------------------------------------------
 
+def at_size(found, old, new):
+    """Detections at image size `old` -> at size `new`, masks bool [D, H, W]: logit above 0, by
+    bilinear interpolation. This is RoIAlign of the mask with a cell for each pixel."""
+    end = found["boxes"].new_tensor([new[1], new[0]] * 2)
+    boxes = found["boxes"] * (end / end.new_tensor([old[1], old[0]] * 2))
+    pixels = (boxes - 0.5).ceil().clamp(min=0).minimum(end)    # first, and one after the last
+    corner, sides = boxes[:, :2].repeat(1, 2), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    rois = (pixels - corner) / sides.clamp(min=1e-6) * found["masks"].shape[-1]
+    masks = torch.zeros(len(boxes), *new, dtype=torch.bool, device=boxes.device)
+    for i, (x1, y1, x2, y2) in enumerate(pixels.int().tolist()):
+        if x1 < x2 and y1 < y2:
+            value = ops.roi_align(found["masks"][i, None, None].float(), [rois[i, None]],
+                                  (y2 - y1, x2 - x1), sampling_ratio=1, aligned=True)
+            masks[i, y1:y2, x1:x2] = value[0, 0] > 0
+    return {**found, "boxes": boxes, "masks": masks}
+
+
 def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, overlap=0.5,
          stuff_area=4096):
     """masks bool [D, H, W], scores [D], categories [D], semantic int64 [H, W] (the likeliest
@@ -463,30 +480,13 @@ class Seamless(nn.Module):
         proposals = self.proposal_head.propose(self.proposal_head(features, size), size)
         return self.region_head.detect(features, proposals, size)
 
-    @staticmethod
-    def at_size(found, old, new):
-        """Detections at image size `old` -> at size `new`, masks bool [D, H, W]: logit above 0, by
-        bilinear interpolation. This is RoIAlign of the mask with a cell for each pixel."""
-        end = found["boxes"].new_tensor([new[1], new[0]] * 2)
-        boxes = found["boxes"] * (end / end.new_tensor([old[1], old[0]] * 2))
-        pixels = (boxes - 0.5).ceil().clamp(min=0).minimum(end)    # first, and one after the last
-        corner, sides = boxes[:, :2].repeat(1, 2), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        rois = (pixels - corner) / sides.clamp(min=1e-6) * found["masks"].shape[-1]
-        masks = torch.zeros(len(boxes), *new, dtype=torch.bool, device=boxes.device)
-        for i, (x1, y1, x2, y2) in enumerate(pixels.int().tolist()):
-            if x1 < x2 and y1 < y2:
-                value = ops.roi_align(found["masks"][i, None, None].float(), [rois[i, None]],
-                                      (y2 - y1, x2 - x1), sampling_ratio=1, aligned=True)
-                masks[i, y1:y2, x1:x2] = value[0, 0] > 0
-        return {**found, "boxes": boxes, "masks": masks}
-
     @torch.no_grad()
     def predict(self, image, size=None):
         """image [3, H, W] -> Prediction at `size`, the image's own if None.
         Choice: `stuff_area` is for 1024x2048 pixels and grows with the area of the image."""
         features, own = self.body(image[None]), image.shape[-2:]
         size = size or own
-        found = self.at_size(self.detect(features, own)[0], own, size)
+        found = at_size(self.detect(features, own)[0], own, size)
         semantic = resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
         fused = fuse(found["masks"], found["scores"], found["categories"], semantic=semantic,
                      isthing=self.isthing, score_threshold=self.score_threshold,

@@ -15,7 +15,7 @@ from seamless import Seamless, resnet_fpn
 
 META = torch.device("meta")
 # Parameters of layers that differ in the released code (see seamless.py).
-STRIDE_64 = 2048 * 256 * 9 + 2 * 256       # 3x3 convolution from conv5 and norm; here: no parameters
+STRIDE_64 = 2048 * 256 * 9 + 2 * 256       # 3x3 convolution from conv5 and norm; none here
 MINIDL = 4 * 384 * 128 * 8                 # last convolutions of four MiniDL: 1x1 there, 3x3 here
 
 
@@ -33,8 +33,8 @@ def multiply_adds(function, *args):
 
 
 def cityscapes():
-    """Seamless as Cityscapes wants it, on the meta device: 19 categories, 8 of them things, one extra
-    level, stem, conv2 and the ResNet's norms frozen."""
+    """Seamless as Cityscapes wants it, on the meta device: 19 categories, 8 of them things, one
+    extra level, stem, conv2 and the ResNet's norms frozen."""
     with META:
         body = resnet_fpn("resnet50", extra=1, frozen=2, frozen_norm=True)
     return Seamless([False] * 11 + [True] * 8, body).eval().to(META)
@@ -61,7 +61,7 @@ def seamless_ledger(net, size=(1024, 2048), detections=100):
             for part, (m, work) in rows.items()}
 
 
-def unified_ledger(net, size=(1024, 2048)):
+def ledger(net, size=(1024, 2048)):
     """A network of embeddings and features (lab/unified.py), one image of `size` -> {part:
     (parameters, multiply-adds)}; last the products of embeddings and features, of as many as there
     are queries, or of 100 kernels. `net` stays as it is."""
@@ -91,11 +91,12 @@ def print_seamless():
     # A second network has a body of its own, but stem and conv2 are frozen: the same in both.
     body = parameters(net.body) - parameters(*net.body.stages[:2])
     again = rows["ResNet"][2] + rows["pyramid"][2]
-    print(f"""                 paper                here                 here, with released layers
-  one network    51.43 M  0.514 T     {count / 1e6:.2f} M  {work / 1e12:.3f} T     {released:,}
-  two networks   78.06 M  0.864 T     {(count + body) / 1e6:.2f} M  {(work + again) / 1e12:.3f} T     \
-{released + body:,}
-The paper says that two networks need 50.4% more operations; 0.864 / 0.514 is 68% more.""")
+    print("                 paper               here                here, with released layers")
+    for name, paper, n, operations, exact in (
+            ("one network ", "51.43 M  0.514 T", count, work, released),
+            ("two networks", "78.06 M  0.864 T", count + body, work + again, released + body)):
+        print(f"  {name}   {paper}    {n / 1e6:.2f} M  {operations / 1e12:.3f} T    {exact:,}")
+    print("The paper says that two networks need 50.4% more operations; 0.864 / 0.514 is 68% more.")
 
 
 if __name__ == "__main__":

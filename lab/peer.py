@@ -8,12 +8,13 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from data import Prediction, semantic_target, thing_truth
-from seamless import Seamless, SemanticHead, fuse, hardest_pixels_loss, resize_logits
+from seamless import (Seamless, SemanticHead, at_size, fuse, hardest_pixels_loss,
+                      resize_logits)
 
 
 class MaskRCNN(nn.Module):
-    """Its keyword parameters are those of seamless.Seamless. isthing: bool [C]; body: the pyramid of
-    seamless.resnet_fpn.
+    """Its keyword parameters are those of seamless.Seamless. isthing: bool [C]; body: the pyramid
+    of seamless.resnet_fpn.
 
     Choice: torchvision's defaults for all that Seamless's recipe does not name."""
 
@@ -41,8 +42,8 @@ class MaskRCNN(nn.Module):
         self.semantic_head = SemanticHead(c, len(isthing), c // 2, window=window)
 
     def instances(self, images, features, targets=None):
-        """torchvision's two heads on our features -> (detections, losses). In float32: its coding of
-        boxes and its losses need it."""
+        """torchvision's two heads on our features -> (detections, losses). In float32, which its
+        coding of boxes and its losses need."""
         named = {str(i): f.float() for i, f in enumerate(features.values())}
         batch = ImageList(images, [tuple(images.shape[-2:])] * len(images))
         with torch.autocast(images.device.type, enabled=False):
@@ -70,7 +71,7 @@ class MaskRCNN(nn.Module):
         size, found = size or own, self.instances(image[None], features)[0][0]
         found["categories"] = torch.where(self.isthing)[0][found.pop("labels") - 1]
         found["masks"] = torch.logit(found["masks"][:, 0], 1e-6)   # torchvision: probabilities
-        found = Seamless.at_size(found, own, size)
+        found = at_size(found, own, size)
         semantic = resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
         fused = fuse(found["masks"], found["scores"], found["categories"], semantic=semantic,
                      isthing=self.isthing,
