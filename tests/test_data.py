@@ -76,7 +76,7 @@ WINDOWS = [(2, 3, 6, 7), (0, 0, 13, 17), (-3, -4, 8, 9), (9, 12, 8, 9), (-2, -2,
 
 @claim("porzi2021", "Footnote 1", "crop the mask, then take the box of the rest", of="data.crop")
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("size", [None, (26, 34), (7, 30), (20, 9)])
+@pytest.mark.parametrize("size", [None, (26, 34), (4, 30), (20, 5)])
 def test_a_crop_is_what_loops_over_its_pixels_find(size, flip):
     """Windows that reach outside of the image, or miss it; resized and mirrored."""
     for seed in range(3):
@@ -127,7 +127,7 @@ def test_a_random_pixel_shows_a_chosen_segment_and_all_are_equally_likely(size):
     """Of the resized label's pixels with segment 2 or 3. A segment that resizing loses is found at
     its place."""
     segments = torch.zeros(8, 10, dtype=torch.long)
-    segments[1:5, 2:6], segments[4:8, 7:9], segments[0, 0] = 2, 3, 1
+    segments[1:5, 2:6], segments[4:8, 7:9], segments[0, 0], segments[7, 9] = 2, 3, 1, 4
     rows, columns = (data.nearest(old, new) for old, new in zip((8, 10), size))
     scaled = segments[rows[:, None], columns]
     g, counts = torch.Generator().manual_seed(0), torch.zeros(size)
@@ -136,12 +136,14 @@ def test_a_random_pixel_shows_a_chosen_segment_and_all_are_equally_likely(size):
                                     generator=g)
         assert scaled[y, x] == k and k in (2, 3)
         counts[y, x] += 1
-    counts, mean = counts[scaled > 1], 1000 / int((scaled > 1).sum())
+    chosen = (scaled == 2) | (scaled == 3)
+    counts, mean = counts[chosen], 1000 / int(chosen.sum())
     assert (counts > 0).all() and ((counts - mean).abs() < 5 * math.sqrt(mean)).all()
-    for _ in range(20):
-        y, x, k = data.random_pixel(segments, (0, 0, 1, 1), torch.tensor([1]), size=size,
-                                    generator=g)
-        assert k == 1 and y <= size[0] // 8 and x <= size[1] // 10
+    for corner, (h, w) in ((1, (0, 0)), (4, (7, 9))):
+        y, x, k = data.random_pixel(segments, (w, h, w + 1, h + 1), torch.tensor([corner]),
+                                    size=size, generator=g)
+        assert k == corner and (y // (size[0] / 2), x // (size[1] / 2)) == (h // 7, w // 9)
+        assert y < size[0] and x < size[1]
 
 
 def test_collate_pads_with_black_and_void():
