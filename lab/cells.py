@@ -42,8 +42,8 @@ class Rods:
 class OverlappingCells:
     """Images of `size` (side, or height and width) with count[0] to count[1] cells of one colour.
 
-    "Many overlapping objects that have very similar bounding boxes". `augment` adds random blur and
-    noise. Image i depends on (seed, i) alone. [i] -> Sample: segment 1 is the
+    They are "many overlapping objects that have very similar bounding boxes". `augment` adds random
+    blur and noise. Image i depends on (seed, i) alone. [i] -> Sample: segment 1 is the
     ground, which is stuff, then come the cells.
 
     Choice: a quarter of the cells is a twin of the one before: same size, nearly the same centre,
