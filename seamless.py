@@ -145,6 +145,7 @@ def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
     y1, y2 = (boxes[:, i].round().long().clamp(0, void.shape[0]) for i in (1, 3))
     empty = table[y2, x2] - table[y1, x2] - table[y2, x1] + table[y1, x1]       # void pixels
     negative = ~positive & (best < low) & (empty <= 0.7 * ((x2 - x1) * (y2 - y1)))
+
     def draw(mask, n):
         at = torch.where(mask)[0]
         return at if len(at) <= n else at[torch.randperm(len(at), device=at.device)[:n]]
@@ -263,8 +264,8 @@ class RegionSegmentationHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def pool(self, features, boxes):
-        """RoIAlign: a list of boxes [P_b, 4] -> [sum P, channels, 14, 14]. One sample a cell, as in
-        released code. In float32: bf16 is too coarse for coordinates."""
+        """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, channels, 14, 14].
+        One sample a cell, as in released code. In float32: bf16 is too coarse for coordinates."""
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # image, box
         level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
         pooled = rois.new_zeros(len(rois), features[4].shape[1], 14, 14)
@@ -275,7 +276,7 @@ class RegionSegmentationHead(nn.Module):
         return pooled
 
     def classify(self, pooled):
-        """-> logits [P, 1 + things] (void first), deltas [P, things, 4], in units of Mask R-CNN."""
+        """-> logits [P, 1 + things] (void first), deltas [P, things, 4] = outputs / (10, 10, 5, 5)"""
         logits, deltas = self.out(self.fc(pooled)).float().tensor_split([self.things + 1], 1)
         return logits, deltas.unflatten(1, (-1, 4)) / deltas.new_tensor([10, 10, 5, 5])
 
@@ -297,9 +298,9 @@ class RegionSegmentationHead(nn.Module):
         logits, deltas = self.classify(pooled)
         boxes, p, n = torch.cat(yes), len(gt), max(len(pooled), 1)
         labels = F.pad(self.number[categories], (0, len(pooled) - p))           # 0 is void
-        own = torch.arange(p, device=gt.device), labels[:p] - 1    # true category of each positive
-        box = self.box_loss(deltas[own], gt, boxes, beta=0.1, crop_size=size, truncated=cut)
-        masks = self.mask(pooled[:p]).float()[own]
+        true = torch.arange(p, device=gt.device), labels[:p] - 1   # category of each positive
+        box = self.box_loss(deltas[true], gt, boxes, beta=0.1, crop_size=size, truncated=cut)
+        masks = self.mask(pooled[:p]).float()[true]
         return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
                 "rsh_box": 10 * box.sum() / n,
                 "rsh_mask": self.mask_loss(masks, shapes) if p else masks.sum()}
@@ -354,7 +355,7 @@ def window_mean(x, window):
 
 class MiniDL(nn.Module):
     """Figure 2, [B, c_in, h, w] -> [B, channels, h, w]: three branches, concatenated, and a 3x3.
-    Deviation: in released code `out` is 1x1, which is 4 x 384 x 128 x 8 weights less in four."""
+    Deviation: in released code `out` is 1x1: 4 x 384 x 128 x 8 weights less in four MiniDL."""
 
     def __init__(self, c_in, channels=128, window=64):
         super().__init__()
@@ -404,10 +405,9 @@ def at_size(found, old, new):
     rois = (pixels - corner) / sides.clamp(min=1e-6) * found["masks"].shape[-1]
     masks = torch.zeros(len(boxes), *new, dtype=torch.bool, device=boxes.device)
     for i, (x1, y1, x2, y2) in enumerate(pixels.int().tolist()):
-        if x1 < x2 and y1 < y2:
-            value = ops.roi_align(found["masks"][i, None, None].float(), [rois[i, None]],
-                                  (y2 - y1, x2 - x1), sampling_ratio=1, aligned=True)
-            masks[i, y1:y2, x1:x2] = value[0, 0] > 0
+        value = ops.roi_align(found["masks"][i, None, None].float(), [rois[i, None]],
+                              (y2 - y1, x2 - x1), sampling_ratio=1, aligned=True)
+        masks[i, y1:y2, x1:x2] = value[0, 0] > 0
     return {**found, "boxes": boxes, "masks": masks}
 
 
@@ -484,9 +484,9 @@ class Seamless(nn.Module):
     def predict(self, image, size=None):
         """image [3, H, W] -> Prediction at `size`, the image's own if None.
         Choice: `stuff_area` is for 1024x2048 pixels and grows with the area of the image."""
-        features, own = self.body(image[None]), image.shape[-2:]
-        size = size or own
-        found = at_size(self.detect(features, own)[0], own, size)
+        features, old = self.body(image[None]), image.shape[-2:]
+        size = size or old
+        found = at_size(self.detect(features, old)[0], old, size)
         semantic = resize_logits(self.semantic_head(features).float(), size)[0].argmax(0)
         fused = fuse(found["masks"], found["scores"], found["categories"], semantic=semantic,
                      isthing=self.isthing, score_threshold=self.score_threshold,
