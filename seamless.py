@@ -264,8 +264,8 @@ class RegionSegmentationHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def pool(self, features, boxes):
-        """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, channels, 14, 14].
-        One sample a cell, as in released code. In float32: bf16 is too coarse for coordinates."""
+        """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, c, 14, 14]. One
+        sample a cell, as in released code. In float32: bf16 is too coarse for coordinates."""
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # image, box
         level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
         pooled = rois.new_zeros(len(rois), features[4].shape[1], 14, 14)
@@ -276,7 +276,7 @@ class RegionSegmentationHead(nn.Module):
         return pooled
 
     def classify(self, pooled):
-        """-> logits [P, 1 + things] (void first), deltas [P, things, 4] = outputs / (10, 10, 5, 5)"""
+        """-> logits [P, 1 + things] (void first), deltas [P, things, 4]. Mask R-CNN divides them."""
         logits, deltas = self.out(self.fc(pooled)).float().tensor_split([self.things + 1], 1)
         return logits, deltas.unflatten(1, (-1, 4)) / deltas.new_tensor([10, 10, 5, 5])
 
