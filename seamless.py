@@ -276,7 +276,7 @@ class RegionSegmentationHead(nn.Module):
         return pooled
 
     def classify(self, pooled):
-        """-> logits [P, 1 + things] (void first), deltas [P, things, 4]. Mask R-CNN divides them."""
+        """-> logits [P, 1 + n] of void and n things, deltas [P, n, 4], scaled as in Mask R-CNN."""
         logits, deltas = self.out(self.fc(pooled)).float().tensor_split([self.things + 1], 1)
         return logits, deltas.unflatten(1, (-1, 4)) / deltas.new_tensor([10, 10, 5, 5])
 
