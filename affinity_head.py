@@ -1,7 +1,7 @@
 """The affinity head: panoptic segmentation without rules that merge things and stuff.
 
 The problem. A network detects things and labels each pixel with a category; rules merge both. No
-loss sees the result, and rules repair nothing: if a box misses the front of a car, it is lost.
+loss sees the result, and rules repair nothing: if a box misses a car's front, the front is lost.
 
 The idea. Each detection and each stuff category has a channel. A pixel adds to its own channels
 those of the pixels of its object. Then argmax decides. Ten pixels, cars 0 and 1, road 2:
@@ -17,7 +17,7 @@ those of the pixels of its object. Then argmax decides. Ten pixels, cars 0 and 1
     training: cross entropy against the matched truth; inference: argmax of P        (3.5, 3.4.2)
 
 A has a number for each pair of pixels: 15.7 GiB for an image of 800x1300. But A Psi needs no A:
-(Q Q^T) Psi = Q (Q^T Psi), and Q^T Psi is C x K. All weights are in Q, so K may vary.
+(Q Q^T) Psi = Q (Q^T Psi), and Q^T Psi is C x K. No weight depends on K, so K may vary.
 
 The claims. 99.8% fewer multiply-adds than with A. PQ 61.4 on Cityscapes and 43.4 on COCO with a
 ResNet-50. Competitive without masks. Training on predicted boxes: +0.4 PQ, +1.3 box AP.
