@@ -47,7 +47,7 @@ class OverlappingCells:
     ground, which is stuff, then come the cells.
 
     Choice: a quarter of the cells is a twin of the one before: same size, nearly the same centre,
-      and either mirrored, so that their boxes coincide, or turned by a few degrees. The paper samples
+      and either mirrored, so that their boxes coincide, or turned by a few degrees. The paper draws
       position and orientation at random, which gives few such pairs.
     Choice: cells are 18 to 47 pixels long, 6 to 11 wide and lie wholly inside. The authors' lengths
       are alike, but their border cells are cut.
