@@ -340,12 +340,12 @@ def local_maxima(score):
 class AdaptIS(nn.Module):
     """Backbone, selection network, semantic branch, point proposal branch.
     isthing: bool [C]. encoder: images -> one feature map; has `.channels` and `.stride`. points: K,
-    points an image in training. loss: of masks. proposals: with a point proposal branch; else
-    points are random. The others: see InstanceSelection, segment_instances, predict.
+    points an image in training. loss: of masks. proposals: share of the steps that train the point
+    proposal branch; 0: none, points are random. Others: InstanceSelection, segment_instances.
     Choice: both branches have two layers of `width` channels, fewer than Figure 8."""
 
     def __init__(self, isthing, encoder, *, width=32, blocks=3, window=None, radius=280,
-                 coordinates=True, points=6, loss=normalized_focal_loss, proposals=True,
+                 coordinates=True, points=6, loss=normalized_focal_loss, proposals=0.1,
                  threshold=0.5, per_round=7, patience=20, min_area=1, stuff_area=4096, flip=False):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
@@ -357,10 +357,10 @@ class AdaptIS(nn.Module):
                                            window=window, radius=radius, coordinates=coordinates)
         self.semantic, self.proposal = (
             nn.Sequential(conv(channels, width), conv(width, width), nn.Conv2d(width, outputs, 1))
-            if outputs else None for outputs in (len(isthing), int(proposals)))
+            if outputs else None for outputs in (len(isthing), int(proposals > 0)))
         self.points, self.loss, self.threshold, self.flip = points, loss, threshold, flip
         self.search = dict(per_round=per_round, patience=patience, min_area=min_area)
-        self.stuff_area = stuff_area
+        self.stuff_area, self.proposal_share = stuff_area, proposals
 
     def stages(self, fit):
         """[(name, optimiser, steps), ...]: all but the proposal branch, then that branch alone. The
@@ -370,7 +370,7 @@ class AdaptIS(nn.Module):
         heads = [*self.selection.parameters(), *self.semantic.parameters()]
         groups = [{"params": encoder, "lr": fit["lr_body"]}, {"params": heads}]
         adam = partial(torch.optim.Adam, lr=fit["lr"], weight_decay=fit["decay"])
-        first = round((1 - fit["proposal_share"] * bool(self.proposal)) * fit["steps"])
+        first = round((1 - self.proposal_share) * fit["steps"])
         stages = [("masks", adam(groups), first)]
         if self.proposal:
             stages.append(("proposals", adam(self.proposal.parameters()), fit["steps"] - first))

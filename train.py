@@ -124,7 +124,7 @@ def rate(step, steps, warmup, drops, poly):
 
 def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps=1000, batch=4,
         lr=0.01, lr_body=0.0, decay=1e-4, decay_norms=True, warmup=0, drops=(), poly=0.0, clip=10.0,
-        proposal_share=0.1, interval=50):
+        interval=50):
     """Trains the model stage by stage -> seconds spent.
 
     batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds) writes a
@@ -133,8 +133,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
     backbone, for methods whose `stages` has one; clip bounds the norm of the gradient.
     A step that logs nothing does not wait for the GPU: losses are summed where they are computed,
     and read, and tested for NaN, once an interval."""
-    plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms,
-                proposal_share=proposal_share)
+    plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms)
     log = runs.Log(folder / "log.csv", begin["step"] if begin else 0) if world.rank == 0 else None
     done, first, clock = begin["step"] if begin else 0, 0, begin["seconds"] if begin else 0.0
     for name, optimiser, length in model.stages(plan):

@@ -21,7 +21,7 @@ from lab.cells import OverlappingCells
 
 torch.set_num_threads(1)
 PAPER = "sofiiuk2019"
-FIT = dict(steps=100, lr=1e-4, lr_body=5e-5, decay=0.5, proposal_share=0.25)
+FIT = dict(steps=100, lr=1e-4, lr_body=5e-5, decay=0.5)
 
 
 def seeded(seed):
@@ -520,7 +520,7 @@ class Maps(nn.Module):
 def model_of(maps, isthing=(False, True, True), proposal=None, stride=1, **kwargs):
     """AdaptIS on images whose channels are the probabilities of the categories."""
     encoder = Planted(lambda images: F.avg_pool2d(images, stride), stride=stride)
-    m = AdaptIS(isthing, encoder, width=4, blocks=1, proposals=proposal is not None,
+    m = AdaptIS(isthing, encoder, width=4, blocks=1, proposals=float(proposal is not None),
                 **{"stuff_area": 0, **kwargs})
     m.semantic, m.selection = Planted(lambda f: f.clamp(min=1e-9).log()), Maps(*maps, stride=stride)
     if proposal is not None:
@@ -657,7 +657,7 @@ def test_a_prediction_may_be_asked_at_another_size():
 
 # --- 3, 5 Training: losses and stages ---------------------------------------------------------
 
-def small(loss=normalized_focal_loss, points=5, window=(8, 10), proposals=True, stride=2, **kwargs):
+def small(loss=normalized_focal_loss, points=5, window=(8, 10), proposals=0.25, stride=2, **kwargs):
     torch.manual_seed(0)
     return AdaptIS((False, True, True), UNet((4, 4), 4, stride), width=4, blocks=1, window=window,
                    radius=9, points=points, loss=loss, proposals=proposals, **kwargs)
@@ -789,7 +789,7 @@ def test_stages_are_the_masks_and_then_the_proposals():
             assert g["lr"] == (5e-5 if parts == {"encoder"} else 1e-4)
             learning += [names[id(p)] for p in g["params"]]
     assert sorted([*learning, "encoder.last.0.weight"]) == sorted(names.values())
-    stages = small(proposals=False).stages(FIT)
+    stages = small(proposals=0).stages(FIT)
     assert [(name, steps) for name, _, steps in stages] == [("masks", 100)]
 
 

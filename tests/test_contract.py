@@ -130,7 +130,7 @@ def test_a_prediction_is_well_formed(model, scenes, size):
 
 @every_method
 def test_stages_cover_the_run_and_train_weights_of_the_model(model):
-    fit = dict(steps=101, lr=0.1, lr_body=0.1, decay=0.0, decay_norms=True, proposal_share=0.25)
+    fit = dict(steps=101, lr=0.1, lr_body=0.1, decay=0.0, decay_norms=True)
     stages = model.stages(fit)
     own = {id(p) for p in model.parameters()}
     assert sum(steps for _, _, steps in stages) == 101

@@ -275,7 +275,7 @@ def test_without_decay_of_norms_only_matrices_decay():
     """Porzi 2019, Table 1, last row: "no freeze, decay BN" exempts the norms."""
     args, _ = train.arguments(train.parse(["--set", "body.name=tiny", "body.width=16"]))
     model = methods.build("seamless", worlds.world("street", "val", 1).categories, args)
-    fit = dict(steps=1, lr=1.0, lr_body=1.0, decay=0.1, proposal_share=0)
+    fit = dict(steps=1, lr=1.0, lr_body=1.0, decay=0.1)
     (_, optimiser, _), = model.stages({**fit, "decay_norms": False})
     for group in optimiser.param_groups:
         for p in group["params"]:
