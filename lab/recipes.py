@@ -185,8 +185,8 @@ RECIPES["adaptis", "parking"] = dict(
 
 # --- Affinity head (Li et al. 2020) -------------------------------------------------------------
 # Choice: variant C, and a panoptic weight of a quarter of detection's, where Cityscapes has four
-# times detection's. Toy things are small and V knows little of them, the paper's reason for C on COCO. In a
-# few hundred steps from scratch a larger weight costs detection more than it gains elsewhere.
+# times detection's. Toy things are small and V knows little of them, the paper's reason for C on
+# COCO. In a few hundred steps from scratch a larger weight costs detection more than it gains.
 RECIPES["affinity", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(canonical=56, anchor_scale=2, ratios=(0.2, 0.5, 1, 2, 5), rois=64, proposals=100,
