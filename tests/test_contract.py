@@ -53,15 +53,15 @@ def test_losses_are_finite_scalars_with_gradients(model, scenes):
     assert found and all(v.ndim == 0 and torch.isfinite(v) for v in found.values())
     model.zero_grad()
     sum(found.values()).backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert len(missing) < len(list(model.parameters())) / 2
+    missing = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is None}
+    assert missing <= {"proposal"}                             # AdaptIS trains it in a second stage
 
 
 @every_method
 @pytest.mark.parametrize("what", ["void", "crowd"])
 def test_void_and_crowd_teach_nothing(model, scenes, what):
-    """All losses that need truth are 0, and all gradients exist: DistributedDataParallel waits for
-    none. Torchvision's Mask R-CNN knows no void: its negatives still learn."""
+    """The losses are 0, and gradients exist: DistributedDataParallel waits for none. Exempt are the
+    categories of Mask R-CNN and of queries, which call all that is not matched "no object"."""
     images, targets = crops(scenes)
     if what == "void":
         none = torch.zeros(0)
@@ -75,7 +75,7 @@ def test_void_and_crowd_teach_nothing(model, scenes, what):
     model.zero_grad()
     sum(found.values()).backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
-    exempt = ("loss_objectness", "loss_classifier", "rsh_class", "no_object", "category", "class")
+    exempt = ("loss_objectness", "loss_classifier", "class")
     for name, value in found.items():
         assert name in exempt or value.item() == 0, name
 
@@ -83,7 +83,7 @@ def test_void_and_crowd_teach_nothing(model, scenes, what):
 @every_method
 def test_the_numbering_of_segments_does_not_matter(model, scenes):
     images, targets = crops(scenes)
-    first = losses(model.eval(), images, targets)
+    first = losses(model.train(), images, targets)
     turned = []
     for t in targets:
         n = len(t.categories)
@@ -94,8 +94,8 @@ def test_the_numbering_of_segments_does_not_matter(model, scenes):
         turned.append(dataclasses.replace(t, segments=number[t.segments], **rows))
     second = losses(model, images, turned)
     for name in first:
-        if name not in ("masks", "points"):                    # these draw points by number
-            assert second[name].item() == pytest.approx(first[name].item(), rel=0.3, abs=1e-4), name
+        if name != "masks":                                    # AdaptIS draws objects by number
+            assert second[name].item() == pytest.approx(first[name].item(), rel=1e-4), name
 
 
 @every_method

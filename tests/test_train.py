@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from claims import claim
 from PIL import Image
 
 import data
@@ -419,18 +418,3 @@ def test_a_corrupt_image_is_named_from_any_process(cityscapes, tmp_path, capsys,
     text = sentence(capsys, *SMALL, "body.weights=none", "--dataset", "cityscapes", "--root",
                     cityscapes, "--steps", 1, "--out", tmp_path / "r", "--workers", workers)
     assert "leftImg8bit" in text
-
-
-@claim("degeus2023", "4.2", "crops of a pair show different segments of the same category",
-       of="ibs.PairedCropSampler")
-def test_crops_of_a_pair_are_neighbours_in_the_batch(tmp_path):
-    flags = train.parse([*QUICK, "--method", "ibs", "--set", "fit.batch=6", "crops.size=(64, 96)"])
-    args = {**train.arguments(flags)[0], "workers": 0}
-    dataset = train.open_dataset({**args, "images": 8}, "train")
-    sampler = train.build_sampler(dataset, args, runs.World("cpu"), tmp_path / "r", 0)
-    for step in range(2):
-        _, targets = sampler.batch(step)
-        assert len(targets) == 6
-        for a, b in zip(targets[::2], targets[1::2]):
-            assert a.image_id != b.image_id
-            assert a.categories[a.instance - 1] == b.categories[b.instance - 1]
