@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import adaptis
 import affinity_head
 import cabb_loss
-import ibs
 import seamless
 from data import DataError
 from lab import boxes_only, kernels, peer, queries, unified

@@ -609,16 +609,6 @@ def test_the_category_of_an_instance_is_that_of_the_highest_summed_probability()
     assert p.categories.tolist() == [2, 0] and (p.segments == 1).sum() == 5
 
 
-@pytest.mark.parametrize("h, w, stride", [(11, 14, 2), (9, 9, 4), (1, 3, 2)])
-def test_images_whose_size_is_no_multiple_of_the_stride(h, w, stride):
-    image = rand(3, h, w, seed=h) * torch.tensor([1, 1, 0])[:, None, None]
-    p = model_of([], (False, False, True), stride=stride).predict(image)
-    rows, columns = (torch.arange(-(-n // stride) * stride).clamp(max=n - 1) for n in (h, w))
-    cells = F.avg_pool2d(image[None, :, rows[:, None], columns], stride).clamp(min=1e-9).log()
-    fine = F.interpolate(cells, scale_factor=stride, mode="bilinear")[0, :, :h, :w]
-    assert torch.equal(p.categories[p.segments - 1], fine.argmax(0))
-
-
 @claim(PAPER, "7", "horizontal flip at test time", of="AdaptIS")
 @pytest.mark.parametrize("width, window", [(24, (10, 12)), (24, None), (20, (8, 8))])
 def test_with_flip_a_mirrored_image_gives_the_mirrored_result(width, window):
@@ -710,17 +700,6 @@ def test_the_losses_compare_masks_on_windows_and_categories_on_known_pixels(h, w
     picked = [z[(c[c >= 0], *torch.where(c >= 0))] for z, c in
               zip(logits.log_softmax(1), map(category_of, targets))]
     assert losses["semantic"].item() == pytest.approx(-torch.cat(picked).mean().item(), rel=1e-4)
-
-
-def test_an_image_without_objects_adds_zero():
-    m = small(lambda logits, masks, known: logits.sum((1, 2)) * 0 + 2)
-    empty = target(blocks(16, 20, (0, 0, 16, 20)), [0])
-    for targets, value in (([street(0), street(1)], 2), ([empty, street(1)], 2), ([empty], 0)):
-        found = m.losses(rand(len(targets), 3, 16, 20), targets)["masks"]
-        assert found.item() == pytest.approx(value) and found.requires_grad
-    m = small()
-    m.losses(rand(2, 3, 16, 20), [street(0), empty])["masks"].backward()
-    assert all(p.grad.isfinite().all() for p in m.encoder.parameters())
 
 
 def second_stage(m):

@@ -441,10 +441,3 @@ def test_batches_of_the_demo_hold_as_many_pixels_as_they_say():
         assert images.shape == (6, 3, 80, 160) and len(targets) == 6
     images, _ = next(demo_ibs.batches(scenes, index, "full"))
     assert len(images) == 2 and 102 <= images.shape[2] <= 160
-
-
-@pytest.mark.slow
-def test_the_demo_runs(tmp_path, capsys):
-    ibs.demo(quick=True, out=tmp_path)
-    assert "\npairs, IBS" in capsys.readouterr().out
-    assert (tmp_path / "ibs.png").stat().st_size > 0

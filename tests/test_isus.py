@@ -7,7 +7,7 @@ draws of probability p may be off by five of its standard deviations, sqrt(n p (
 import math
 import os
 from collections import Counter
-from itertools import islice, product
+from itertools import product
 
 import pytest
 import torch
@@ -319,32 +319,7 @@ def test_a_window_begins_where_it_shows_the_pixel_and_stays_in_the_image():
             assert set(found) == set(places) and uniform(found, len(places))
 
 
-def test_cus_weighs_segments_by_pixels_and_isus_does_not():
-    """A crop of one pixel tells by its value which pixel it is. Never one of the crowd."""
-    dataset = Images([sample(6, 9, (CAR, 1, 1, 3, 3), (CAR, 2, 4, 6, 8), (CAR, 0, 8, 6, 9, True))])
-    numbers = {mode: [round(1000 * image[0].item()) - 1 for image, _ in crops(
-        250, dataset, mode=mode, size=(1, 1), **NATIVE)] for mode in ("cus", "isus")}
-    segments = {m: dataset[0].segments.flatten()[numbers[m]].tolist() for m in numbers}
-    assert set(segments["cus"]) == {1, 2} and uniform(numbers["cus"], 20)
-    assert set(segments["isus"]) == {1, 2} and uniform(segments["isus"], 2)
-
-
 # --- Batches ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("mode", isus.MODES)
-def test_a_batch_depends_on_seed_and_number_alone(mode):
-    """A new sampler, another order, a start in the middle: the same crops. Another seed: others."""
-    how = dict(mode=mode, short_side=20, jitter=0.2, hue=0.1, batch=2, scale=(1, 3), **WIDE)
-    first = list(islice(sampler(seed=7, **how), 4))
-    again = sampler(seed=7, start=2, **how)
-    assert same(again.batch(3), first[3]) and same(again.batch(0), first[0])
-    assert all(same(a, b) for a, b in zip(islice(again, 2), first[2:], strict=True))
-    other = list(islice(sampler(seed=8, **how), 4))
-    assert not any(same(a, b) for a, b in product(first, other))
-    assert same(data.collate([again.crop(2), again.crop(3)]), first[1])
-    plain, hue = (sampler(**{**how, "jitter": 0, "hue": h}).crop(0) for h in (0, 0.1))
-    assert not torch.equal(plain[0], hue[0]) and same(plain, (plain[0], hue[1]))
-
 
 def test_processes_and_workers_share_the_crops_of_a_batch():
     """Process 1 of 2 has every second crop; two loading processes deliver batches in order."""

@@ -62,20 +62,13 @@ def test_two_recipes_are_compared_seed_by_seed(tmp_path, capsys):
 
 
 def test_recipes_with_other_seeds_or_unfinished_runs_are_not_compared(tmp_path):
-    fake_run(tmp_path / "a-0", 0, 50.0)
-    fake_run(tmp_path / "b-1", 1, 50.0)
-    a, b = str(tmp_path / "a-*"), str(tmp_path / "b-*")
-    with pytest.raises(DataError, match="seeds must be the same"):
-        versus.versus(a, b)
-    fake_run(tmp_path / "a-9", 0, 50.0)
-    with pytest.raises(DataError, match="two runs of seed 0"):
-        versus.versus(a, b)
-    (tmp_path / "c-0").mkdir()
-    with pytest.raises(DataError, match="has not ended"):
-        versus.versus(a.replace("a-", "c-"), b)
-    (tmp_path / "c-0" / "metrics.json").write_text("{}")
-    with pytest.raises(DataError, match="no metrics file"):
-        versus.versus(a.replace("a-", "c-"), b)
+    for name, seed in (("a-0", 0), ("b-1", 1), ("twice-0", 0), ("twice-9", 0)):
+        fake_run(tmp_path / name, seed, 50.0)
+    (tmp_path / "begun-0").mkdir()
+    for first, words in (("a", "seeds must be the same"), ("twice", "two runs of seed 0"),
+                         ("begun", "has not ended")):
+        with pytest.raises(DataError, match=words):
+            versus.versus(str(tmp_path / f"{first}-*"), str(tmp_path / "b-*"))
 
 
 def test_compare_trains_methods_and_prints_one_table(tmp_path, capsys):

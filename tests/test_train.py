@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import train
 from lab import methods, recipes, runs, settings, worlds
 from lab.bench.common import write_cityscapes
@@ -188,10 +187,6 @@ def test_a_loss_that_is_not_finite_ends_in_a_sentence(tmp_path, capsys, monkeypa
     assert "not finite" in text and "rph_box" in text and "fit.lr" in text
 
 
-def test_a_killed_run_before_its_first_checkpoint_leaves_no_claim_to_be_one(tmp_path, capsys):
-    assert "no such file" in sentence(capsys, "--resume", tmp_path)
-
-
 # --- The loop ---------------------------------------------------------------------------------
 
 class Line(torch.nn.Module):
@@ -268,19 +263,6 @@ def test_the_splits_of_a_toy_world_share_no_image():
     first = [train.open_dataset(args, split)[0].image for split in ("train", "val", "test")]
     assert not any(torch.equal(a, b) for a, b in ((first[0], first[1]), (first[0], first[2]),
                                                   (first[1], first[2])))
-
-
-def test_without_decay_of_norms_only_matrices_decay():
-    """Porzi 2019, Table 1, last row: "no freeze, decay BN" exempts the norms."""
-    args, _ = train.arguments(train.parse(["--set", "body.name=tiny", "body.width=16"]))
-    model = methods.build("seamless", worlds.world("street", "val", 1).categories, args)
-    fit = dict(steps=1, lr=1.0, lr_body=1.0, decay=0.1)
-    (_, optimiser, _), = model.stages({**fit, "decay_norms": False})
-    for group in optimiser.param_groups:
-        for p in group["params"]:
-            assert (group["weight_decay"] > 0) == (p.ndim > 1)
-    (_, optimiser, _), = model.stages({**fit, "decay_norms": True})
-    assert all(g["weight_decay"] == 0.1 for g in optimiser.param_groups)
 
 
 # --- Settings and recipes ---------------------------------------------------------------------

@@ -14,9 +14,9 @@ import ibs
 import seamless
 from claims import claim
 from lab import unified
-from lab.kernels import Kernels, add_coordinates, fuse_kernels
+from lab.kernels import Kernels
 from lab.masks import cross_entropy, dice, merge, segment_masks
-from lab.queries import Queries, sine
+from lab.queries import Queries
 
 ISTHING = torch.tensor([False, True, True, False])             # stuff 0 and 3, things 1 and 2
 SIZE, CELLS, SIZES = (32, 64), (8, 16), [(4, 8), (2, 4), (1, 2)]  # stride 1; 4; 8, 16, 32
