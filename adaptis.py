@@ -21,10 +21,10 @@ controller, turn it into scales and shifts. They set a small network, the head, 
     AdaIN(x) = scale * (x - mean) / std + shift           mean and std over the pixels of a channel
 
 The claim. AP at an IoU of .9 on images of overlapping cells is 97.5, for Mask R-CNN 5.8 (Table 1).
-With a semantic branch and learned points PQ on Cityscapes is 62.0 (Table 2).
+With a semantic and a point proposal branch PQ on Cityscapes is 62.0 (Table 2, ResNeXt-101).
 
-    python adaptis.py [--quick] [--full] [--device D] [--out DIR]   example, five minutes of cells
-    python -m lab.clicks 7                                          click on the cells of image 7
+    python adaptis.py [--quick] [--full] [--device D] [--out DIR]   example, 5 minutes of training
+    python -m lab.clicks 7                                          then: click on cells of image 7
     pytest tests/test_adaptis.py                                    the spec of this file
 
 A point is (x, y) in pixels; the centre of pixel (row i, column j) is (j + .5, i + .5). A cell of a
@@ -137,12 +137,12 @@ class InstanceSelection(nn.Module):
 
         W * [F; X] = W_F * F + W_X * X                `share` is W_F, `place` is W_X
 
-    Deviation: the paper's head sees the whole image (window=None). A cell fills 3% of 96x96 pixels
-      but 0.2% of 384x384. That shifts the mean in AdaIN: a head that learned on small images fails
-      on large ones. So it sees only `window` (height, width) pixels around the point.
+    Deviation: the head sees only `window` (height, width) pixels around the point. The paper's sees
+      the whole image (window=None) and finds 234 of 250 cells of a large one (Figure 3 d). AdaIN's
+      mean depends on the share of an object: a toy one fills 3% of 96x96, 0.2% of 384x384 pixels.
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
       no numbers; released code has three layers before its only AdaIN.
-    Choice: W_X is 1x1. Coordinates are linear: 3x3 says more only where they are clipped.
+    Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
     Choice: the last layer gives stride^2 values a cell, one for each of its pixels."""
 
     def __init__(self, channels, stride, *, width=32, blocks=3, window=None, radius=280,
@@ -204,8 +204,8 @@ def sample_points(segments, objects, count, generator=None):
 
 def focal_loss(logits, masks, weight=None, gamma=2, normalized=False):
     """FL = -(1 - p)^gamma log p, the mean over the pixels of each mask: logits, masks [N, h, w]
-    -> [N]. p is the probability that the network gives to what is true of a pixel. A `weight`
-    [N, h, w] of 0 leaves pixels out. normalized: see NFL."""
+    -> [N]. p is the probability of a pixel's true label. A `weight` [N, h, w] of 0 leaves pixels
+    out. normalized: see NFL."""
     loss = F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype), reduction="none")
     weight = torch.ones_like(loss) if weight is None else weight.to(loss.dtype)
     focus = weight * (-torch.expm1(-loss)) ** gamma            # 1 - p = 1 - exp(log p)
@@ -216,13 +216,12 @@ def focal_loss(logits, masks, weight=None, gamma=2, normalized=False):
 def normalized_focal_loss(logits, masks, weight=None, gamma=2):
     """NFL = -1/P sum of (1 - p)^gamma log p,   P = sum of (1 - p)^gamma over the pixels -> [N].
 
-    The weights (1 - p)^gamma pick the pixels that are still wrong. In FL they fade as the network
-    improves; P gives back what fades. P is a constant for the gradient, (1 - p)^gamma is not. "The
-    total gradient of the NFL is equal to the total gradient of BCE" is true of the weights, which
-    sum to 1 in both. By the logits NFL pulls more in sum: a pixel with
-    (1 - p)^gamma [(1 - p) - gamma p log p] / P, where BCE has (1 - p) / hw.
-    Deviation: released code weighs the object by 1/2 (toys) or 1/4, the rest by 1/2 or 3/4.
-    Choice: P is at least 1/1000, so that a mask that is right everywhere costs 0, not 0/0."""
+    The weights (1 - p)^gamma pick the pixels that are still wrong. Their sum P fades as the network
+    improves; NFL divides by it. "The total gradient of the NFL is equal to the total gradient of
+    BCE" is true of the weights: both sum to 1. By the logits NFL has more in sum: a pixel has
+    (1 - p)^gamma [(1 - p) - gamma p log p] / P, in BCE (1 - p) / hw.
+    Choice: gamma 2 and no gradient through P, as in released code. P is at least 1/1000 (not 0/0).
+    Released code also weighs the object by 1/2 (toys) or 1/4, the rest by 1/2 or 3/4."""
     return focal_loss(logits, masks, weight, gamma=gamma, normalized=True)
 
 
@@ -254,8 +253,8 @@ def random_rounds(ask, unknown, per_round, generator):
 
 
 def given_rounds(ask, unknown, per_round, points):
-    """Section 5: the points [n, 2] in their order, one a round, without those that are known by
-    then; yields their Answers. `per_round` points run at once: faster, with the same result."""
+    """Section 5: the points [n, 2] in order, one a round; points on known pixels are skipped.
+    Yields their Answers. `per_round` points run at once: faster, with the same result."""
     while len(points := points[unknown[points[:, 1].long(), points[:, 0].long()]]):
         batch, points = points[:per_round], points[per_round:]
         for (x, y), answer in zip(batch.long().tolist(), ask(batch)):
@@ -273,11 +272,12 @@ def segment_instances(propose, unknown, threshold=0.5, overlap=0.5, per_round=7,
     objects, starts as unknown. points [n, 2]: ask there, in this order; None: at random.
 
         repeat: an answer M = [C > T];  if |M and S| < overlap |M|:  add the object,  S = S or M
-        at last: R(x, y) = argmax_i C_i(x, y) over the objects with C_i > T
+        in the end: R(x, y) = argmax_i C_i(x, y) over the objects with C_i > T
 
     It ends when no point is left on unknown pixels. Choice: or after `patience` rounds in a row
-    without a new object (released code: 40 in all); objects under `min_area` pixels are dropped."""
-    unknown, size, device = unknown.clone(), unknown.shape, unknown.device         # not S
+    without a new object (released code: 40 in all); objects under `min_area` pixels are dropped.
+    Choice: overlap is a share of M; the first object is tested too; a score is a mean over R."""
+    unknown, size, device = unknown.clone(), unknown.shape, unknown.device   # the complement of S
 
     def ask(batch):
         answers, (C, corners) = [], propose(batch)
@@ -340,9 +340,9 @@ def local_maxima(score):
 class AdaptIS(nn.Module):
     """Backbone, selection network, semantic branch, point proposal branch.
     isthing: bool [C]. encoder: images -> one feature map; has `.channels` and `.stride`. points: K,
-    points an image in training. loss: of masks. proposals: share of the steps that train the point
-    proposal branch; 0: none, points are random. Others: InstanceSelection, segment_instances.
-    Choice: both branches have two layers of `width` channels, fewer than Figure 8."""
+    points an image in training. loss: of the masks. proposals: share of the steps that train the
+    point proposal branch; 0: none, points are random. Rest: InstanceSelection, segment_instances.
+    Choice: both branches have two layers of `width` channels."""
 
     def __init__(self, isthing, encoder, *, width=32, blocks=3, window=None, radius=280,
                  coordinates=True, points=6, loss=normalized_focal_loss, proposals=0.1,
@@ -378,7 +378,7 @@ class AdaptIS(nn.Module):
 
     def losses(self, images, targets):
         """images [B, 3, H, W], B Targets -> {"masks", "semantic"}, or {"proposals"} in the second
-        stage, when nothing but that branch learns. Void and crowds teach nothing.
+        stage, when only that branch learns. Void and crowds teach nothing.
         Second stage: 48 random points on a random object of each image. The "top 20%" by the IoU of
         their masks with the truth are positive, the others negative (released code: soft targets).
         Choice: all weights 1; cross entropy for the semantic branch (released code: NFL)."""
@@ -424,11 +424,11 @@ class AdaptIS(nn.Module):
         """image [3, H, W] -> Prediction at `size` (height, width), the image's own by default.
         Pixels of the semantic branch's stuff are marked as segmented. The greedy algorithm finds
         the things on the rest; random points come from seed 0, so that results repeat. A thing's
-        category is l(M) = argmax_l of the sum of p_l over M. With `flip` all probabilities are
-        means over V = 2 views, the image and its mirror image.
-        Choice: l(M) is a thing's. Pixels that look like a thing but belong to none are void.
-        Deviation: in released code sure stuff competes in R and no stuff is dropped. Here stuff of
-          fewer than `stuff_area` pixels (of 1024x2048, scaled with the image) is void."""
+        category is l(M) = argmax_l of the sum of p_l over its pixels in R (paper: over M). With
+        `flip` all probabilities are means over V = 2 views, the image and its mirror image.
+        Choice: l(M) is a thing's and wins over stuff. Other pixels that look like a thing are void.
+        Deviation: stuff of fewer than `stuff_area` pixels (of 1024x2048, scaled with the image) is
+          void. Released code drops none, and gives R a background of 1 - sum of p_thing."""
         (H, W), s, classes, V = image.shape[1:], self.stride, len(self.isthing), 1 + self.flip
         image = F.pad(image[None], (0, -W % s, 0, -H % s), mode="replicate")
         features = self.encoder(torch.cat([image, image.flip(-1)])[:V])        # [V, C, h, w]
@@ -455,7 +455,7 @@ class AdaptIS(nn.Module):
             generator=torch.Generator().manual_seed(0), **self.search)
         n = len(scores)
         sums = semantic.new_zeros(n + 1, classes)
-        sums.index_add_(0, labels.flatten(), semantic.flatten(1).t())          # of p_l over M
+        sums.index_add_(0, labels.flatten(), semantic.flatten(1).t())          # of p_l in R
         things = sums[1:].masked_fill(~self.isthing, -1).argmax(1)
         stuff = torch.where(self.isthing[category], 0, n + 1 + category)       # things are 1..n
         segments = torch.where(labels > 0, labels, stuff)

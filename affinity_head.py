@@ -3,8 +3,8 @@
 The problem. A network detects things and labels each pixel with a category; rules merge both. No
 loss sees the result, and rules repair nothing: if a box misses a car's front, the front is lost.
 
-The idea. Each detection and each stuff category has a channel. A pixel adds to its own channels
-those of the pixels of its object. Then argmax decides. Ten pixels, cars 0 and 1, road 2:
+The idea. Each detection and each stuff category has a channel. Each pixel adds to its values those
+of all pixels of its object. Then argmax decides. Ten pixels, cars 0 and 1, road 2:
 
     truth               0 0 0 0 1 1 1 1 2 2
     boxes of the cars     [---] [---]          each misses one pixel of its car
@@ -16,17 +16,17 @@ those of the pixels of its object. Then argmax decides. Ten pixels, cars 0 and 1
     features --> Q [C, h, w] -------------------> P = Psi + A Psi, A from Q Q^T      (3.4.2)
     training: cross entropy against the matched truth; inference: argmax of P        (3.5, 3.4.2)
 
-A has a number for each pair of pixels: 15.7 GiB for an image of 800x1300. But A Psi needs no A:
-(Q Q^T) Psi = Q (Q^T Psi), and Q^T Psi is C x K. No weight depends on K, so K may vary.
+A has a number for each pair of cells: 15.7 GiB at 800x1300. It is never stored: (Q Q^T) Psi =
+Q (Q^T Psi), where Q^T Psi is C x K. No weight's shape has K, so K may vary. A has no own loss.
 
 The claims. 99.8% fewer multiply-adds than with A. PQ 61.4 on Cityscapes and 43.4 on COCO with a
-ResNet-50. Competitive without masks. Training on predicted boxes: +0.4 PQ, +1.3 box AP.
+ResNet-50. Competitive without masks. Training on predicted, not true boxes: +0.4 PQ, +1.3 box AP.
 
     python affinity_head.py [--quick] [--full] [--device D] [--out DIR]   example, costs, a head
     pytest tests/test_affinity_head.py                                    the spec of this file
 
-Maps have stride 4; HW is the number of their pixels, h w. N categories, N_st of them stuff; D
-detections; Psi has K = D + N_st channels, Q has C.
+Maps have stride 4: h = H / 4, w = W / 4, and HW is short for h w. N categories, N_st of them stuff;
+D detections; Psi has K = D + N_st channels, Q has C.
 
 Q. Li, X. Qi, P. Torr, "Unifying Training and Inference for Panoptic Segmentation", CVPR 2020.
 """
@@ -42,7 +42,7 @@ from data import IGNORE, Prediction, command_line, nearest, new_numbers, thing_t
 def example():
     """The ten pixels by hand: scores 1, V = .9 for the true category and .1 for the other. Q is
     one-hot, so A_ij = 1/10 within an object, else 0. Pixel 0 is in no box: Psi_0 = (0, 0, .1).
-    P_0(car 0) = 0 + 3 (.9) / 10 = .27 is more than P_0(road) = .1 + 4 (.1) / 10 = .14."""
+    P_0(car 0) = 3 (.9) / 10 = .27, P_0(road) = .1 + 4 (.1) / 10 = .14: the car wins."""
     psi = torch.tensor([[0, .9, .9, .9, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, .9, .9, .9, 0, 0, 0],
                         [.1, .1, .1, .1, .1, .1, .1, .1, .9, .9]]).T               # [HW, K]
     q = F.one_hot(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])).float()            # [HW, C]
@@ -59,15 +59,15 @@ def example():
 #     Psi_k(i) = s_k V_i(c_k) [i in B_k]                    without masks
 #     Psi_k(i) = s_k V_i(c_k) M_i(k) [i in B_k]             variant B: high only where both are
 #     Psi_k(i) = s_k (V_i(c_k) + M_i(k)) [i in B_k]         variant C: favours things (A.3)
-#     Psi_k(i) = (V_i(c_k) + M_i(k)) [i in B_k]             variant A (UPSNet): logits, no score
+#     Psi_k(i) = (V_i(c_k) + M_i(k)) [i in B_k]             variant A: V, M are logits (UPSNet)
 #     Psi_l(i) = V_i(l)                                     stuff l, in all variants
 # Choice: stuff has score 1; A.3 speaks of "unmodified 'stuff' scores". Choice: the box limits the
 #   sum of C too. Otherwise V of all cars would enter each car's channel.
 
 def box_gate(boxes, size, image_size):
     """[i in B_k]: boxes [D, 4] in an image of `image_size` (H, W) -> bool [D, h, w], `size` (h, w).
-    The cells share the sides of the image evenly. A cell is in a box if its centre is.
-    Choice: a box without a centre gets the cells around its middle: small objects need a place."""
+    A cell has H / h by W / w pixels. It is in a box if its centre is.
+    Choice: a box that holds no centre of a cell gets the cell around its own middle."""
     def cells(axis):                                           # 0: rows, 1: columns -> bool [D, n]
         low, high = boxes[:, 1 - axis, None], boxes[:, 3 - axis, None]
         cell, d = torch.arange(size[axis], device=boxes.device), image_size[axis] / size[axis]
@@ -114,12 +114,12 @@ def dynamic_potential(found, logits, isthing, image_size, variant="B"):
 
 
 # --- 3.4.2 Dense instance affinity head -------------------------------------------------------
-# phi_0 and phi_1 are "each a 1x1 convolution followed by an activation". Here:
+# phi_0 and phi_1 are "each a 1x1 convolution followed by an activation", which has no name. Here:
 #     A_ij = phi_1(Q_i) . phi_0(Q_j) / HW
 # Choice: phi_0 acts on Q. It could act on Q^T Psi too, which has C rows.
 # Choice: ELU. ReLU makes all A_ij >= 0; training pushes them to 0, where ReLU has no gradient.
-# Choice: / HW. A sum would outweigh Psi on large images. The mean suits stuff, whose share of an
-#   image stays. A thing keeps its number of pixels: larger images dilute its channel (see demo).
+# Choice: / HW. A sum would outweigh Psi on large images. The mean suits stuff, which fills the same
+#   share of a larger image. A thing fills a smaller share, so its channel shrinks (see demo).
 
 def apply_affinity(q, psi, keys=None):
     """A Psi with A = Q K^T / HW: q, keys [HW, C] (None: q), psi [HW, K] -> [HW, K]. The plain
@@ -129,8 +129,8 @@ def apply_affinity(q, psi, keys=None):
 
 class InstanceAffinityHead(nn.Module):
     """P = Psi + A Psi. channels_in: of the pyramid; channels: C, 128 in the paper.
-    Choice: Q comes from UPSNet's decoder without deformation; the paper's figure is missing. Two
-    3x3 with group norm (32 groups, of four channels at least) on each level, upsampling, 1x1.
+    Choice: Q has UPSNet's decoder without deformation: two 3x3 with group norm (32 groups of four
+    channels at least), upsampling, 1x1. Deviation: V, with "the same architecture", has MiniDL.
     Choice: phi_1 starts small, so that P starts near Psi and A has a gradient."""
 
     def __init__(self, channels_in, channels=128):
@@ -166,7 +166,7 @@ class InstanceAffinityHead(nn.Module):
 # --- 3.5 Panoptic matching loss ---------------------------------------------------------------
 # The truth is renumbered to the channels "by maximising the intersection over union between their
 # bounding boxes". Choice: of all ways to give true things one detection of their category each, T*
-# has the largest sum of box IoUs. Boxes must overlap. No loss reads things without a match.
+# has the largest sum of box IoUs. Boxes must overlap. This loss skips things without a match.
 
 def assign(gain):
     """The one-to-one assignment of rows to columns with the largest sum of gains, exactly.
@@ -202,7 +202,7 @@ def assign(gain):
 
 def match_segments(found, target, isthing):
     """T*: the channel of each true segment, int64; IGNORE for crowd and things without a detection.
-    Boxes of `found` are clipped to the crop, as true ones are: parts outside lower no IoU."""
+    Boxes of `found` are clipped to the crop, so their parts outside do not lower the IoU."""
     stuff = len(found["boxes"]) + (~isthing).long().cumsum(0) - 1                  # [N]
     ignored = isthing[target.categories] | target.crowd
     channel = torch.where(ignored, IGNORE, stuff[target.categories])
@@ -219,8 +219,8 @@ def match_segments(found, target, isthing):
 def panoptic_matching_loss(potential, found, target, isthing, scale=10.0):
     """Cross entropy of softmax(scale P) against T* at the centre of each cell, mean over the cells
     that have a target. P [K, h, w] of one image, found: its detections.
-    Choice: scale. P lies near [0, 1]. With scale 1 a perfect P has the loss log(1 + (K - 1) / e),
-    2.9 for K = 50, and correct cells have gradients. With 10: log(1 + (K - 1) e^-10) = 0.002."""
+    Choice: scale. Psi is 0 to 1 in B. With scale 1 a perfect P has the loss log(1 + (K - 1) / e),
+    2.9 for K = 50: even correct cells keep a gradient. With 10: log(1 + (K - 1) e^-10) = 0.002."""
     isthing = torch.as_tensor(isthing, device=potential.device)
     channel = match_segments(found, target, isthing)
     y, x = (nearest(old, new) for old, new in zip(target.segments.shape, potential.shape[1:]))
@@ -238,8 +238,8 @@ def known_cross_entropy(logits, target):
 
 def lovasz(errors, truth):
     """The Lovasz extension of 1 - IoU (Berman et al., CVPR 2018): errors >= 0, truth 0/1 [M, P] ->
-    mean over M. An error weighs what 1 - IoU grows by if its pixel goes wrong after all those of
-    larger errors: intersection = positives left, union = positives + negatives so far."""
+    mean over M. Pixels go wrong in the order of falling errors. An error's weight is the growth of
+    1 - IoU: intersection = positives still right, union = positives + negatives gone wrong."""
     errors, order = errors.sort(dim=1, descending=True)
     truth = truth.gather(1, order)
     positive = truth.sum(1, keepdim=True)
@@ -249,8 +249,8 @@ def lovasz(errors, truth):
 
 
 def lovasz_softmax(logits, target):
-    """Semantic loss on Cityscapes (B): logits [B, N, h, w], target int64 [B, h, w] with IGNORE;
-    errors |truth - p|, mean over the categories in the batch, which counts as one image."""
+    """Semantic loss on Cityscapes (appendix B): logits [B, N, h, w], target int64 [B, h, w] with
+    IGNORE; errors |truth - p|. Choice: one IoU a batch, mean over categories that occur in it."""
     known = target != IGNORE
     p = logits.float().softmax(1).movedim(1, 0)[:, known]                          # [N, P]
     truth = F.one_hot(target[known], logits.shape[1]).T.to(p.dtype)
@@ -259,7 +259,7 @@ def lovasz_softmax(logits, target):
 
 
 def lovasz_hinge(logits, truth):
-    """Mask loss (A.2): logits, truth 0/1 [M, ..]; errors max(0, 1 -/+ logit), - where true."""
+    """Mask loss (A.2): logits x, truth 0/1 [M, ..]; errors (1 - x)+ where true, else (1 + x)+."""
     logits, truth = logits.float().flatten(1), truth.float().flatten(1)
     return lovasz((1 - logits * (2 * truth - 1)).relu(), truth) if len(logits) else logits.sum()
 
@@ -269,9 +269,9 @@ def lovasz_hinge(logits, truth):
 @torch.no_grad()
 def segment(potential, categories, scores, size, stuff_area=0):
     """Argmax: P [K, h, w], categories [K], scores [D] -> segments int64 of `size` (H, W), their
-    categories, their scores (1 for stuff). Stuff of less than `stuff_area` pixels becomes void: no
-    part of the method, but of the paper's numbers (C), for a stray pixel is a false positive.
-    Choice: P is resized first, for smooth edges, and channel by channel: all would take 1.3 GB."""
+    categories, their scores (1 for stuff). Stuff of less than `stuff_area` pixels becomes void, as
+    in the paper's numbers (appendix C): a stray pixel is a false positive.
+    Choice: P is resized first, for smooth edges; one by one, for 153 channels take 1.3 GB."""
     best = potential.new_full(size, -torch.inf, dtype=torch.float32)
     winner = torch.zeros(size, dtype=torch.long, device=potential.device)          # 0: none
     for k, channel in enumerate(potential.float(), 1):
@@ -287,9 +287,9 @@ def segment(potential, categories, scores, size, stuff_area=0):
 class Affinity(nn.Module):
     """The whole method. base: a seamless.Seamless, with or without masks; head None: argmax of Psi.
     loss_weights: of detection, semantic and panoptic losses. end_to_end: the panoptic loss trains
-    "all", the "head" or nothing ("none"). true_boxes: it learns on true boxes of score 1 (A.4).
-    Choice: it learns on detections above base.score_threshold, which the paper names for inference
-    only. Deviation: boxes get no gradient from the panoptic loss; A.4 credits such gradients."""
+    "all", the "head" or nothing ("none"). true_boxes: Psi in training has true boxes of score 1
+    (A.4). Choice: else detections above base.score_threshold, the paper's cut-off for inference.
+    A.4: its gradients reach the detector, too: here through scores and masks, not boxes."""
 
     def __init__(self, base, head, loss_weights=(0.25, 1.0, 1.0), variant="B", end_to_end="all",
                  true_boxes=False):
@@ -354,8 +354,8 @@ class Affinity(nn.Module):
 
 
 def demo(quick=False, full=False, device="cpu", out="figures"):
-    """What affinities cost, and a head that gives objects more than their boxes. Not all of the
-    gain is affinity's: the rules on boxes x 4/3 reach the same PQ. A controlled test is open."""
+    """What affinities cost, and a head that mends boxes. Not all of the gain is affinity's: the
+    rules on boxes x 4/3 reach the same PQ. No controlled test was made."""
     print("ten pixels: argmax of Psi {}, of P {}".format(*example()))
     from lab.demo_affinity import show
     show(20 if quick else 5000 if full else 800, device=device, out=out)
@@ -367,4 +367,4 @@ if __name__ == "__main__":
 # Exercises
 # 1. Let phi_0 and phi_1 end in ReLU. Which test fails? What becomes of the demo's loss of P?
 # 2. Leave `box_gate` out of `dynamic_potential`. Which tests fail? What of two cars side by side?
-# 3. Make scale=1 the default of `panoptic_matching_loss`. Which test tells the floor of the loss?
+# 3. Make scale=1 the default of `panoptic_matching_loss`. Which test checks the floor?

@@ -1,8 +1,8 @@
 """Crop-aware bounding boxes (CABB): a box loss that knows where the crop has cut an object.
 
 The problem. Large images do not fit on a GPU, so networks train on crops. A crop cuts objects. The
-usual box loss then demands the box of the part that is left. The network learns that no object is
-larger than a crop, and on whole images it predicts boxes of large objects that are too short.
+usual box loss then demands the box of the part that is left. So the network learns to expect small
+boxes. On whole images its boxes of large objects are too small.
 
 The idea. A cut box stands for a SET of boxes: all that look the same through the crop.
 
@@ -13,14 +13,15 @@ The idea. A cut box stands for a SET of boxes: all that look the same through th
     |       '------+- - - - - '                                        right side anywhere beyond C
     '--------------'
     L_CABB(Delta_P) = min over Delta in rho_A(G, C) of L_BB(Delta_P; Delta)                 (Eq. 2)
+G is the true box, G|C its visible part, A the anchor, Delta_P the prediction, L_BB the usual loss.
 
 The claim. +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best, together with the
-sampling of isus.py and a new architecture; about 10 ms a batch.
+sampling of isus.py and a new architecture. The loss alone adds about 10 ms a batch.
 
     python cabb_loss.py [--quick] [--full] [--device D] [--out DIR]    example, detectors, figure
     pytest tests/test_cabb_loss.py                                     the spec of this file
 
-Deltas are float [N, 4]: delta_x delta_y log(omega_x) log(omega_y) of a box against an anchor A. The
+Deltas are float [N, 4]: delta_x delta_y log(omega_x) log(omega_y) of a box against an anchor. The
 crop is [0, width] x [0, height], crop_size = (height, width).
 
 Porzi, Rota Bulò and Kontschieder, "Improving Panoptic Segmentation at All Scales", CVPR 2021.
@@ -32,7 +33,7 @@ import torch
 
 
 def example():
-    """An object of which 2 of 4 pixels show, by hand, in x. Beta is 1, the anchor is [7, 8].
+    """An object with 2 of its 4 pixels visible, by hand, along x. Beta is 1, the anchor is [7, 8].
 
     The crop ends at x = 8, the object goes on: G|C = [6, 8] has centre 7, so delta_G = -0.5 and
     omega_G = 2. The network predicts [6, 10], a box of the set: CABB costs nothing. The standard
@@ -52,7 +53,7 @@ def example():
 def precise(*tensors):
     """Float64 copies, or float32 on devices without float64.
 
-    Choice: an anchor of 4 pixels that is 2000 pixels away has delta = 500, which float32 resolves
+    Choice: an anchor of 4 pixels that is 2000 pixels away has delta = 500. There float32 is exact
     to 3e-5 of an anchor only. A few thousand boxes in float64 cost little."""
     return [t.to(torch.float32 if t.device.type == "mps" else torch.float64) for t in tensors]
 
@@ -78,8 +79,9 @@ def smooth_l1(z, beta):
 
 
 def check(deltas, gt_boxes, anchors, beta):
-    """ValueError for shapes that would broadcast, a beta out of range and empty or reversed boxes
-    (checked on the CPU only: on a GPU the program would have to wait for the answer)."""
+    """ValueError for wrong shapes, a beta out of range, an empty or reversed box. Boxes are checked
+    on the CPU only: a GPU would make the program wait.
+    Deviation: the paper allows any beta > 0. The solver below is proved for beta <= 2."""
     if not deltas.shape == gt_boxes.shape == anchors.shape == (len(deltas), 4):
         shapes = [list(t.shape) for t in (deltas, gt_boxes, anchors)]
         raise ValueError("deltas {}, gt_boxes {} and anchors {} must all be [N, 4]".format(*shapes))
@@ -92,7 +94,7 @@ def check(deltas, gt_boxes, anchors, beta):
 
 
 def box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
-    """The standard loss -> [N]; the last two arguments are ignored.
+    """The standard loss -> [N]. It does not crop; the last two arguments are ignored.
 
     Eq. 1: L_BB = || l_beta(delta_P - delta_G) + l_beta(log omega_P - log omega_G) ||_1."""
     check(deltas, gt_boxes, anchors, beta=beta)
@@ -108,7 +110,7 @@ def visible(gt_boxes, crop_size):
 
     Footnote 1: where masks exist, crop the mask and take the box of the rest, as data.crop does. It
     can be smaller than the cropped box.
-    Choice: a box wholly outside becomes 0.01 pixels long, so that its loss is finite."""
+    Choice: a box wholly outside becomes at least 0.01 pixels long, so that its loss is finite."""
     edge = gt_boxes.new_tensor([crop_size[1], crop_size[0]])
     low, high = (side.clamp(min=0).minimum(edge) for side in (gt_boxes[:, :2], gt_boxes[:, 2:]))
     return torch.cat([low, high.maximum(low + 0.01)], 1)
@@ -120,8 +122,8 @@ def free_sides(gt_boxes, crop_size, truncated=None):
     rho(G, C) = {X : X|C = G|C}, and X|C has its left side at max(x1, 0). If G|C has it inside the
     crop, x1 is fixed. If G|C has it at 0, any x1 <= 0 will do: a side at the crop's edge is free.
 
-    An object may end exactly where the crop ends (footnote 2), as at the edge of the image.
-    `truncated` bool [N, 4] says beyond which edges the object goes on; only these are freed."""
+    Footnote 2 leaves out objects that end exactly at the crop's edge. Choice: `truncated` bool
+    [N, 4], from data.crop, says beyond which edges an object goes on. Only these are freed."""
     edge = gt_boxes.new_tensor([crop_size[1], crop_size[0]])
     free = torch.cat([gt_boxes[:, :2] <= 0, gt_boxes[:, 2:] >= edge], 1)
     return free if truncated is None else free & truncated
@@ -137,8 +139,8 @@ def free_sides(gt_boxes, crop_size, truncated=None):
 #     both free          delta - omega/2 <= a, delta + omega/2 >= b        (O2)
 
 def nearest_box(a, b, low_free, high_free, delta_pred, omega_pred, beta, reach=8.0, steps=400):
-    """The plain version, for numbers: tries a grid of boxes of the set -> (loss, delta, omega) of
-    the best. A free side is tried at `steps` places up to `reach` anchors beyond the crop."""
+    """The plain version, for one box in one dimension: tries a grid of the set -> (loss, delta,
+    omega) of the best. A free side is tried at `steps` places up to `reach` anchors beyond."""
     beyond = torch.linspace(0, reach, steps, dtype=torch.float64)
     low = a - (beyond if low_free else beyond[:1])[:, None]
     high = b + (beyond if high_free else beyond[:1])
@@ -154,18 +156,17 @@ def nearest_box(a, b, low_free, high_free, delta_pred, omega_pred, beta, reach=8
 #     subject to omega >= omega_min = b - a
 #
 # omega_hat is the size at which the predicted CENTRE is right, omega_P is the predicted SIZE. Left
-# side free: omega_hat = 2 (b - delta_P). The paper's solver stands in its supplement; it reaches "a
-# global solution under the desired precision". The solver below is our derivation. With t = log
-# omega, the slope of f is
+# side free: omega_hat = 2 (b - delta_P). f may have several minima. The paper's solver is in its
+# supplement; it reaches "a global solution under the desired precision". The solver below is our
+# derivation. With t = log omega, the slope of f is
 #
 #     h(t) = omega/2 clip((omega - omega_hat) / (2 beta), -1, 1) + clip((t - t_P) / beta, -1, 1)
 #
-# Outside of the interval between omega_hat and omega_P both terms have one sign. So each minimum
-# lies inside it or at the bound. A minimum inside needs a stretch of t on which h rises.
+# Outside of the interval between omega_hat and omega_P both terms have the same sign. So each
+# minimum lies inside it or at the bound. A minimum inside needs a stretch on which h rises.
 #
-# 1. omega_hat <= omega_P: one stretch. df/domega = clip(.)/2 + clip(.)/omega rises over the whole
-#    interval: the second term is -1/omega, or v / (beta omega) with v = log(omega / omega_P) in
-#    [-beta, 0], whose derivative (1 - v) / (beta omega^2) is positive.
+# 1. omega_hat <= omega_P: one stretch. The first term of h is a product of two factors that are
+#    not negative and do not fall. The second term does not fall either. So h rises.
 # omega_P < omega_hat: each l_beta is linear (far) or quadratic (near). That makes four regimes.
 # 2. Centre linear, size quadratic: h = -omega/2 + (t - t_P)/beta rises up to omega = 2/beta.
 # 3. Both linear: h = 1 - omega/2 falls. There is no minimum.
@@ -174,7 +175,6 @@ def nearest_box(a, b, low_free, high_free, delta_pred, omega_pred, beta, reach=8
 # 5. Both quadratic: 4 beta h = omega (omega - omega_hat) + 4 (t - t_P) falls only between
 #    omega_hat/4 (1 -/+ sqrt(1 - 32/omega_hat^2)). This regime has omega >= omega_hat - 2 beta. For
 #    beta <= 2 that lies beyond both turning points (at beta = 2 it touches one, if omega_hat = 6).
-#
 # So f has at most one minimum on each of three known stretches, and a bisection finds it. The best
 # of these and of the bound is the global minimum.
 
@@ -219,7 +219,7 @@ def rising_stretches(t_min, omega_hat, t_pred, beta):
 def solve_o1(omega_min, omega_hat, omega_pred, beta):
     """The global minimiser omega* of (O1) -> the shape of the arguments, tensors of one shape.
 
-    omega_min > 0, omega_pred > 0, 0 < beta <= 2. The bound returns unchanged where it is best."""
+    omega_min > 0, omega_pred > 0, 0 < beta <= 2. omega_min, where best, returns bit for bit."""
     bound, hat, pred = precise(*(v.flatten() for v in (omega_min, omega_hat, omega_pred)))
     t_min, t_pred = bound.log(), pred.log()
     start, end = rising_stretches(t_min, hat, t_pred, beta=beta)                           # [3, N]
@@ -264,8 +264,8 @@ def solve_o2(a2, b2, delta_pred, omega_pred, beta):
 def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
     """phi(Delta_P): the box of rho_A(G, C) nearest to the prediction -> deltas float64 [N, 4].
 
-    deltas, gt_boxes, anchors [N, 4]; gt_boxes in crop coordinates: G|C, best cut at the mask (see
-    `visible`); crop_size (height, width); truncated bool [N, 4] or None, see `free_sides`."""
+    deltas, gt_boxes, anchors [N, 4]; gt_boxes in crop coordinates, best cut at the mask (see
+    `visible`). crop_size (height, width); None: no crop. truncated [N, 4]: see `free_sides`."""
     check(deltas, gt_boxes, anchors, beta=beta)
     p, g, anchors = precise(deltas, gt_boxes, anchors)
     if crop_size is None:
@@ -276,7 +276,7 @@ def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
     a, b = (seen[:, :2] - c_a) / d_a, (seen[:, 2:] - c_a) / d_a                     # [N, 2]
     delta_pred, omega_pred = p[:, :2], p[:, 2:].clamp(-500, 500).exp()              # e^800 = inf
     low_free, high_free = free[:, :2], free[:, 2:]
-    # (O1), mirrored where the low side is free. All is solved, then only what is cut is kept.
+    # (O1), mirrored where the low side is free. Every box is solved; only what is cut is kept.
     sign, fixed = torch.where(high_free, 1, -1), torch.where(high_free, a, b)
     omega = solve_o1(b - a, 2 * sign * (delta_pred - fixed), omega_pred, beta=beta)
     delta = fixed + sign * omega / 2

@@ -1,7 +1,7 @@
 """The shared vocabulary: records, boxes, segments, and one function that cuts crops.
 
-A panoptic label gives each pixel a category and, for *things* (a car, a person), also says which
-one. *Stuff* (road, sky) has no instances. One map holds both answers:
+A panoptic label gives each pixel a category. For *things* (a car, a person) it also says which
+thing. *Stuff* (road, sky) has no instances. One map holds both answers:
 
     segments  int64 [H, W]           0 0 0 1 1      categories int64 [N]
     0 is void (no label)             2 2 0 1 1      segment k has category categories[k - 1]
@@ -9,11 +9,12 @@ one. *Stuff* (road, sky) has no instances. One map holds both answers:
                                                     whose members have no separate labels
 
 A crop cuts objects. A Target holds two boxes of each: `boxes` of the visible part, `full_boxes` of
-the whole object. `truncated` marks the edges beyond which it goes on. cabb_loss.py uses all three.
+the whole object. `truncated` marks the edges beyond which it goes on, which cabb_loss.py needs.
 
-Boxes are float [N, 4], x1 y1 x2 y2 in pixels, half open (x2 = last pixel + 1). The centre of pixel
-(i, j) is the point (j + .5, i + .5). A data set is a sequence of Samples with `.categories` and
-`.labels(i)`: segments, categories and crowd without the image.
+Boxes are float [N, 4], x1 y1 x2 y2 in pixels, half open (x2 = last pixel + 1). Pixel (i, j) has its
+centre at (j + .5, i + .5). A data set is a sequence of Samples with `.categories` and `.labels(i)`:
+segments, categories and crowd without the image.
+`Choice:` marks what a paper leaves open, `Deviation:` what a file does otherwise than its paper.
 
     python data.py [--quick] [--full] [--device D] [--out DIR]     the example below, then a figure
     pytest tests/test_data.py                                      the spec of this file
@@ -77,7 +78,7 @@ class Target:
     truncated: torch.Tensor   # bool [N, 4]: is the object cut at the left, top, right, bottom edge?
     image_id: int = 0         # which image of the data set
     instance: int = 0         # the segment for which the sampler chose this crop (0: none)
-    scale: float = 1.0        # by which the image was resized before
+    scale: float = 1.0        # sigma of the sampler: the image was resized by it
 
     def each(self, f):
         """The Target with `f` applied to each of its tensors."""
@@ -121,8 +122,8 @@ def pyramid_level(boxes, levels=4, canonical=224, k0=3):
         k = max(1, min(levels, floor(k0 + log2(sqrt(w h) / canonical))))
 
     An object of `canonical` pixels (224: ImageNet's image size) belongs to level k0. Network and
-    sampler must use the same rule. A NaN box gets level 1.
-    Deviation: Porzi et al. 2019 print the root over all of the fraction, Mask R-CNN as here."""
+    sampler (isus.py) must use the same rule. A NaN box gets level 1.
+    Deviation: Porzi et al. 2019 print the root over all of the fraction, FPN (2017) as here."""
     size = (boxes[:, 2:] - boxes[:, :2]).nan_to_num().clamp(min=0).prod(1).sqrt()
     return (k0 + (size / canonical).log2()).floor().clamp(1, levels).long()
 
@@ -210,13 +211,13 @@ def resize_window(image, size, y, x):
 
 def crop(sample, top, left, window, *, size=None, flip=False, boxes=None, image_id=0, instance=0,
          scale=1.0):
-    """The sample resized to `size` (h, w; None: as it is), mirrored if `flip`, and of that the
-    window (h, w) whose upper left pixel is (top, left) -> (image [3, h, w], Target).
+    """Resizes the sample to `size` (h, w; None: no), mirrors it if `flip`, and cuts the window
+    (h, w) at (top, left) -> (image [3, h, w], Target).
 
     Segments take the nearest pixel: numbers must not mix. Invisible ones are dropped, the others
     renumbered 1..n in their order. Outside of the image all is black and void. `boxes` [N, 4] are
     the native boxes, if known; `instance` is a segment of the sample.
-    Choice: where shrinking loses the thin tips of an object, its full box has them still.
+    Choice: full boxes come from the native label: they include tips that shrinking loses.
     Choice: `truncated` compares full boxes with the window, not pixels."""
     (h, w), (new_h, new_w) = window, size or sample.segments.shape
     at = new_w - left - w if flip else left                    # the window before mirroring
@@ -246,8 +247,7 @@ def crop(sample, top, left, window, *, size=None, flip=False, boxes=None, image_
 
 def random_pixel(segments, box, chosen, size, generator):
     """A pixel of the label resized to `size` that shows a segment of `chosen` [S] -> y, x, segment.
-    `box` encloses these in the native label. The pixel is drawn there, uniformly among those that
-    resizing keeps, or among all, if it keeps none (a small object)."""
+    `box` encloses these natively. Drawn among the pixels that resizing keeps, if any, else all."""
     x1, y1, x2, y2 = map(int, box)
     part = segments[y1:y2, x1:x2]
     mask = torch.isin(part, chosen)

@@ -1,10 +1,10 @@
 r"""Intra-batch supervision (IBS): a thing of one crop must have an empty mask in another crop.
 
 The problem. A unified network computes one vector for each segment (its embedding, a row of E) and
-one for each pixel (the features F). The mask of a segment is the sigmoid of their product. Large
-images are trained on in crops. A crop shows few cars, so the network learns to tell few cars apart.
-The whole image shows many. The mask of one car then covers parts of others: it is confused. This
-happens mainly to large things of one category.
+one for each pixel (the features F). The mask of a segment is the sigmoid of their product. Training
+cuts crops from large images: PQ is 59.5, on whole images 57.2 (Table 1). But a crop shows few cars,
+so the network learns to tell few cars apart. On a whole image the mask of one car covers parts of
+others: it is confused. This happens mainly to large things of one category.
 
 The idea. The batch holds other crops, of other images, with other cars. A car of crop 1 is not in
 crop 2, so its mask there must be empty:
@@ -47,7 +47,7 @@ from data import (IGNORE, collate, colour_jitter, command_line, crop, random_pix
 def example():
     """Two crops of one pixel with one car each, by hand. Car 1 is confused with car 2.
 
-    Let a = log 3, for sigmoid(log 3) = 3/4. The products of embeddings and features are
+    Let a = log 3, so that sigmoid(a) = 3/4. The products of embeddings and features are
 
                           F_1 = (1, -1)    F_2 = (1, 1)
         E_1 = (a, 0)            a               a          car 1 covers car 2, p = 3/4
@@ -79,7 +79,7 @@ def mask_logits(embeddings, features):
 # --- 4.1 Additional supervision ---------------------------------------------------------------
 
 def pick_targets(image_ids, generator=None, paired=False):
-    """For each crop i of the batch the crop tgt_i whose features its embeddings meet -> int64 [B].
+    """Draws for each crop i another crop tgt_i, whose features its embeddings meet -> int64 [B].
 
     image_ids int64 [B]: the image that each crop comes from. tgt_i is drawn uniformly among the
     crops of OTHER images; -1 where there is none. paired: crops 2k and 2k + 1 were drawn as a pair
@@ -117,13 +117,13 @@ def ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.0):
     features: F [B, C, H, W]. is_thing: a list of B tensors bool [N_i].
     targets: int64 [B] from `pick_targets`; -1: this crop has none.
     Both sides get gradients. Without a target or a thing the loss is 0 and gradients are zeros.
-    Choice: alpha = 0.25 and gamma = 2 are the defaults of the focal loss (Lin et al. 2017).
+    Choice: alpha = 0.25, gamma = 2, as in released code and Lin et al. 2017.
     Choice: the mean over all pixels, then over all masks of the batch: all masks weigh the same.
-    Deviation: weight and place differ from the released code. For Panoptic FCN its weight is 4 on
-    Cityscapes and 15 on Vistas, and each of a thing's up to seven kernels makes a mask of its own.
-    For Mask2Former it is 50 and 100, on each of nine layers with another random target each, at
-    12,544 sampled points. Here recipes have 1 or 2, lab/kernels.py gives the mean of a thing's
-    kernels, and lab/queries.py gives the last layer."""
+    Deviation: weight and masks differ from the released code. Panoptic FCN: 4 on Cityscapes, 15 on
+    Vistas; each of a thing's up to seven kernels makes a mask. Mask2Former: 50 and 100, at 12,544
+    points, on each of nine layers, each with a new random target. Here the weight is 1 or 2. A
+    thing has one mask: of its mean kernel (lab/kernels.py), or of its query after the last layer
+    (lab/queries.py)."""
     losses = []
     for e, thing, target in zip(embeddings, is_thing, targets.tolist()):
         if target >= 0 and thing.any():
@@ -180,7 +180,7 @@ class PairedCropSampler(IterableDataset):
     dataset, index      see isus.build_index(dataset)
     size                (height, width) of a crop
     short_side          the length of an image's shorter side before sigma; 0: as it is
-    scale               limits of sigma
+    scale               limits of sigma, the factor by which step 4 resizes
     flip, jitter, hue   probability of a mirror image; see data.colour_jitter
     batch               crops of each batch that this process receives, an even number
     start, rank, world  number of the first batch; which of how many processes this is
@@ -189,11 +189,11 @@ class PairedCropSampler(IterableDataset):
     n = batch * world / 2; process `rank` receives every `world`-th of them.
     ValueError: an odd batch, no range of scales, or no thing category that occurs in two images.
 
-    Choice: thing categories only, as only things are supervised; two different images; no crowds.
-    The released code draws stuff categories too, may draw one image twice, and draws crowds.
+    Choice: things only, as only these are supervised, and no crowds. Deviation: the released code
+    draws stuff and crowds too, may draw one image twice, and limits the sides of resized images.
     Choice: the size of a segment is the root of its area. The released code takes the root of the
     area of its box, and draws the common size from 32, 64, 128, 256 and 512 pixels.
-    Choice: a segment that fits is wholly in its crop; there only the centre of its box must be."""
+    Choice: a segment that fits is wholly in its crop. Released code: only the centre of its box."""
 
     def __init__(self, dataset, index, size, short_side=0, scale=(0.5, 2.0), flip=0.5, jitter=0.0,
                  hue=0.0, batch=2, seed=0, start=0, rank=0, world=1):
@@ -269,14 +269,14 @@ class PairedCropSampler(IterableDataset):
 # --- How to use it in a network of your own ---------------------------------------------------
 
 class MinimalNet(nn.Module):
-    """The smallest unified network: it is told one point on each thing and answers with a mask.
+    """The smallest unified network: it is told the box of each thing and answers with its mask.
 
     Convolutions make two maps at stride 4: features F, and a kernel at each pixel. The embedding of
     a thing is the kernel at the middle of its box. Panoptic FCN finds these places itself and has
     embeddings for stuff too, see lab/kernels.py. H and W are multiples of 4.
 
-    The lines that end in IBS are all that a network of your own needs. Give `ibs_loss` the
-    embeddings that inference uses, not their mean (exercise 3)."""
+    The lines that end in IBS are all that a network of your own needs. Give `ibs_loss` each
+    embedding of inference, not a mean (exercise 3); lab/kernels.py deviates."""
 
     def __init__(self, isthing, channels=32, ibs_weight=1.0, paired=True):
         super().__init__()
@@ -296,7 +296,7 @@ class MinimalNet(nn.Module):
         return embeddings, self.features(x)
 
     def losses(self, images, targets):
-        """images [B, 3, H, W], B Targets -> scalars. Void and crowds teach nothing."""
+        """images [B, 3, H, W], B Targets -> scalars. Only "mask" leaves out void and crowds."""
         things = [thing_truth(t, self.isthing) for t in targets]
         embeddings, features = self(images, [boxes for _, boxes, _, _ in things])
         loss = features[:0].sum()
@@ -327,4 +327,4 @@ if __name__ == "__main__":
 #    four images, whose crops overlap in nearly every batch: does the demo's table notice?
 # 2. Supervise stuff too: `is_thing` all True. Why does PQ_st fall in the demo's table?
 # 3. Two kernels of a thing have the logits 10 and -30 on a pixel of another crop. `ibs_loss` of
-#    their mean is 7e-14, of both 3.75. Which of the two does lab/kernels.py use? Try the other.
+#    their mean is 7e-14; the mean of both losses is 3.75. Which does lab/kernels.py use? Try both.

@@ -1,6 +1,6 @@
 r"""Instance scale-uniform sampling (ISUS): which crop should a network see next?
 
-The problem. Networks learn large images from crops. In random crops rare categories hardly occur,
+The problem. Networks train on crops of large images. In random crops rare categories hardly occur,
 and most objects are small. A feature pyramid gives small objects to its fine levels and large ones
 to its coarse levels. So the coarse levels learn from few examples.
 
@@ -19,8 +19,8 @@ has no instances: its scale sigma is uniform in a range r_st, and so is every si
 The claim. ISUS "will have the effect of smoothing out the object scale distribution, providing
 more uniform supervision across all scales". With the loss of cabb_loss.py and a new architecture
 the paper reports +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best. On the
-toy streets of the demo ISUS does not even out levels: a crop shows eight things on average, of
-which at most one was chosen. The others are resized with it.
+toy streets of the demo ISUS does not make levels more equal: a crop shows eight things on average,
+and at most one was chosen. The others are only resized with it.
 
     python isus.py [--quick] [--full] [--device D] [--out DIR]    example, Figure 2, levels in crops
     pytest tests/test_isus.py                                     the spec of this file
@@ -67,9 +67,9 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
     A clamped sigma may miss the level. ValueError: the pyramid has no such level.
 
     Choice: the paper asks for one factor, but a whole octave of them fits. The size is drawn log-
-    uniformly, without a thousandth of the octave: so rounding cannot change the level.
-    Choice: level 1 serves all smaller sizes too, and the last level all larger ones. Only one
-    octave of these is used. So a thing far below level 1 is enlarged even if level 1 is drawn."""
+    uniformly, without a thousandth of the octave at each end, against errors of float numbers.
+    Choice: the first and the last level serve all smaller and all larger sizes too. Only one octave
+    of them is drawn. So tiny things grow even for level 1."""
     if not 1 <= level <= levels:
         raise ValueError(f"level {level} does not exist: the pyramid has the levels 1 to {levels}")
     x1, y1, x2, y2 = torch.as_tensor(box).tolist()
@@ -82,16 +82,16 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
 # --- What must be known before: which segments are where --------------------------------------
 
 class Index:
-    """A table of all segments of a data set that have a pixel, in the order of images and segments.
+    """A table of all segments with at least one pixel, in the order of images and segments.
 
     A row is the place of one segment in these tensors:
-        image, segment   int64 [M], the number of its image, and its own number in it, from 1
+        image, segment   int64 [M], number of the image; number of the segment in it, from 1
         category, crowd  int64 [M], bool [M]
         box              float32 [M, 4], x1 y1 x2 y2 in pixels of the image as it is
     `categories` lists those that occur outside of crowds; `image_count` counts all images.
 
     table int64 [M, 8]: columns image, segment, category, crowd, x1, y1, x2, y2; see `build_index`.
-    Loading processes share these tensors. ValueError: there is no segment outside of crowds."""
+    DataLoader workers share these tensors. ValueError: there is no segment outside of crowds."""
 
     def __init__(self, table, image_count):
         self.image, self.segment, self.category, crowd = table[:, :4].T.contiguous()
@@ -140,8 +140,8 @@ def build_index(dataset):
 # --- Steps 1 to 4 -----------------------------------------------------------------------------
 
 def class_uniform_choice(index, generator):
-    """Steps 1 and 2: a category, uniform among those that occur, and an image, uniform among those
-    that contain it -> (category, image). Crowds do not count: they have no level and no loss."""
+    """Steps 1 and 2: a random category, and a random image that contains it -> (category, image).
+    Choice: both uniform; crowds do not count, for they have no level and no loss."""
     category = index.categories[torch.randint(len(index.categories), (), generator=generator)]
     images = index.images_with(category)
     return category, int(images[torch.randint(len(images), (), generator=generator)])
@@ -161,7 +161,7 @@ def window_start(pixel, length, window, generator):
 class CropSampler(IterableDataset):
     """An endless supply of batches: images [batch, 3, h, w] and a list of Targets.
 
-    mode "isus"     the paper's: uniform in categories, and in levels of a random instance
+    mode "isus"     section 2.1: uniform in categories, and in levels of a random instance
          "cus"      uniform in categories; sigma uniform; the crop where the category is visible
          "uniform"  any image, sigma uniform, the crop anywhere
          "full"     the same without a window: whole images, padded to the largest of the batch
@@ -181,8 +181,8 @@ class CropSampler(IterableDataset):
     Deviation: in step 4 of the paper the crop shows "the selected class", also in ISUS. Here ISUS
     crops at the chosen instance: else 26% of the crops would miss it (260 crops for things, 60 toy
     streets, seed 0). So "isus" and "cus" differ in scale and in place.
-    Choice: the paper gives no ranges. 0.5..2 is the one of Porzi et al. 2019.
-    Choice: the crop shows any pixel of the category. So CUS shows large segments more often.
+    Choice: 0.5..2 is the range of Porzi et al. 2019; our text of the 2021 paper has none.
+    Choice: every pixel of the category is equally likely. So CUS shows large segments more often.
     Choice: an image smaller than the crop lies at the upper left; the rest is void."""
 
     def __init__(self, dataset, index, *, size, mode="isus", short_side=0, scale=(0.5, 2.0),

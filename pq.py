@@ -2,23 +2,24 @@
 
 Mean IoU cannot tell two cars from one. Average precision needs scores and lets masks overlap. A
 panoptic segmentation gives each pixel one segment and has no scores. The idea: a predicted and a
-true segment of one category match if their IoU is above 1/2. Segments of one map do not overlap, so
-each has at most one match:
+true segment of one category match if their IoU is above 1/2. Then they share more than half of
+each. Segments of one map do not overlap, so each has at most one match:
 
     PQ_c  =    sum_TP IoU / |TP|    x    |TP| / (|TP| + |FP| / 2 + |FN| / 2)
                       SQ                              RQ = F1
 
-PQ-dagger (Porzi et al. 2019, section 4). All pixels of a stuff category are one segment, whose
-value drops to 0 below an IoU of 1/2: in their Figure 3 a pole at 0.49 counts nothing, a sidewalk at
-0.62 counts 0.62. Stuff needs no matching, so PQ-dagger takes the pairs M_c of stuff with IoU > 0:
+PQ-dagger (Porzi et al. 2019, section 4). All pixels of a stuff category are one segment. At an IoU
+of 1/2 or less it counts 0: in their Figure 3 a pole (0.49) counts 0, a sidewalk (0.62) counts 0.62.
+Stuff has at most one pair (predicted, true) in an image. PQ-dagger takes all pairs M_c of IoU > 0:
 
     PQ-dagger_c = 1 / |M_c|  sum_{M_c} IoU          (things: PQ_c as before)
 
-Stuff that is hallucinated or missed completely is in no pair. PQ-dagger ignores it.
+Stuff that is invented or missed completely in an image is in no pair: PQ-dagger ignores it there.
 
-Acc_th and Prec_th (de Geus and Dubbelman 2023, section 3.3) count pixels of matched things. Crops
-in training (Table 1, Cityscapes) raise PQ_th from 51.1 to 52.2, but lower Acc_th from 85.1 to 81.3:
-large predictions cover several things. `confusion_ratio` counts them (Figure 5).
+Acc_th and Prec_th (de Geus and Dubbelman 2023, section 3.3): the pixels that matched things share,
+divided by all pixels of true things, or of predicted things. Crops in training (Panoptic FCN, Table
+1) raise PQ_th from 51.1 to 52.2, but lower Acc_th from 85.1 to 81.3: large predictions cover
+several things. `confusion_ratio` counts them (Figure 5).
 
     python pq.py [--quick] [--full] [--device D] [--out DIR]      example, the cliff at IoU 1/2
     pytest tests/test_pq.py                                       the spec of this file
@@ -107,11 +108,10 @@ def joint_areas(pred_segments, gt_segments, P, G):
 class PanopticQuality:
     """Adds up a data set image by image; `compute` gives all measures in percent. isthing: [C].
 
-    Void and crowd as in the official COCO panoptic API: void pixels of the truth are in no union
-    (those of a crowd are); a crowd segment never matches and is no FN, be it thing or stuff; an
-    unmatched prediction is no FP if more than half of it is void or crowd of its category.
-    void_rule="seamless" adds a rule of Porzi et al. 2019: no FN if predicted void covers more than
-    half of a true segment.
+    Void and crowd as in COCO's panoptic API. Void pixels of the truth are in no union; those of a
+    crowd are. A crowd never matches and is no FN. An unmatched prediction is no FP if more than
+    half of it is void or crowd of its category. void_rule="seamless" adds a rule of Porzi et al.
+    2019, which their code lacks: no FN if predicted void covers more than half of the segment.
     Choice: of several crowds of one category in an image the last counts, as in the official code.
     Choice: a segment without a pixel does not exist: no FP, no FN.
     Choice: if M_c is empty, PQ-dagger_c is 0/0. It is 0 if c occurs on either side, since nothing
@@ -247,10 +247,10 @@ def confusion_ratio(pred_segments, pred_categories, gt_segments, gt_categories, 
                     gt_crowd=None):
     """How many predicted things are confused -> (confused, all), each int64 [len(thresholds)].
 
-    Confused at T: it covers more than T percent of each of at least two true things, of whatever
-    category. Figure 5 is 100 sum(confused) / sum(all) over a data set. Instead of segments [H, W]
-    the prediction may be masks bool [P, H, W] that overlap.
-    Choice: a crowd is no thing here; a prediction without a pixel does not exist."""
+    Confused at T: it covers more than T percent of each of at least two true things. Figure 5 is
+    100 sum(confused) / sum(all) over a data set. Instead of segments [H, W] the prediction may be
+    masks bool [P, H, W] that overlap.
+    Choice: categories do not matter; a crowd is no thing; a prediction without a pixel is none."""
     isthing = torch.as_tensor(isthing).bool().cpu()
     pred_categories, gt_categories, crowd = check_categories(
         pred_categories, gt_categories, gt_crowd, count=len(isthing))

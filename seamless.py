@@ -1,8 +1,8 @@
 """Seamless Scene Segmentation: one network for things and stuff.
 
-The panoptic challenges of 2018 were won by two networks: one detects things, the other gives each
-pixel a category. Both learn the same edges and textures. Parameters and computation are paid twice.
-The idea is one ResNet with a feature pyramid, two light branches, and a rule that fuses them:
+In 2018 the winners of the panoptic challenges combined two networks: one detects things, the other
+gives each pixel a category. Both learn the same edges, so much is computed twice. The idea is one
+ResNet with a feature pyramid, two light branches, and a rule that fuses them:
 
     image -> ResNet -> FPN, strides 4 8 16 32 (64 128)
                         |-> proposal head -> boxes -> region head -> category, box, mask --.
@@ -11,15 +11,15 @@ The idea is one ResNet with a feature pyramid, two light branches, and a rule th
 MiniDL ("Mini-DeepLab") is the new part. DeepLab gives each pixel the mean of the whole image, which
 changes with the size of the image. MiniDL takes the mean of a window of 64x64 features around it.
 
-The paper claims 51.43 M parameters and 0.514 T multiply-adds at 1024x2048; two networks take 78.06
-M and 0.864 T. PQ is 59.8 on Cityscapes, 46.9 on IDD (two networks: 59.8, 47.2), 36.2 on Vistas.
+The paper claims 51.43 M parameters and 0.514 TFLOP at 1024x2048; two networks take 78.06 M and
+0.864. PQ, one against two networks: Cityscapes 59.8, 59.8; IDD 46.9, 47.2. Vistas, one: 36.2.
 With the stride 64 and the MiniDL of the released code (see `Body`, `MiniDL`) this file would have
 48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
     pytest tests/test_seamless.py                                       the spec of this file
 
-Porzi, Rota Bulo, Colovic, Kontschieder, CVPR 2019. Released code: github.com/mapillary/seamseg.
+Porzi, Rota Bulò, Colovic, Kontschieder, CVPR 2019. Released code: github.com/mapillary/seamseg.
 """
 import math
 from functools import partial
@@ -37,7 +37,7 @@ def example():
     """Section 3.5 on seven pixels, by hand. Categories: 0 road, 1 car (a thing), 2 sky.
 
     Car A takes its two pixels. Half of car B is free: it keeps that pixel. A third of car C is
-    free: it is dropped, and pixel 3, where the semantic head alone sees a car, becomes void. The
+    free: it is dropped. Its pixel 3 (from 0) is a car for the semantic head, a thing: void. The
     road stays. One pixel of sky is less than `stuff_area`: void."""
     masks = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0]])
     segments, categories, _ = fuse(
@@ -48,7 +48,7 @@ def example():
 
 
 # --- 3.1 Shared backbone ----------------------------------------------------------------------
-# Deviation: the paper's in-place norm (iABN) saves memory. Batch norm has the same numbers.
+# Deviation: batch norm and LeakyReLU, not the paper's in-place iABN, which saves memory only.
 
 leaky = partial(nn.LeakyReLU, 0.01, inplace=True)
 conv_norm = partial(ops.Conv2dNormActivation, activation_layer=leaky)   # with batch norm, no bias
@@ -86,8 +86,8 @@ class Body(nn.Module):
     extra: levels beyond stride 32. weights: None, a name of torchvision such as "IMAGENET1K_V1", or
     a state dict. frozen: how many leading stages do not learn (1: stem, 2: conv2 too). frozen_norm:
     no norm of the ResNet learns, nor do its statistics move.
-    Choice: recipes have frozen=2 and frozen_norm=True with ImageNet weights. The paper does not
-    say what it freezes. In released settings frozen is 2, and norms learn, synchronised as in 3.1.
+    Choice: recipes have frozen=2 and frozen_norm=True with ImageNet weights; the paper is silent.
+    In released code frozen is 2, norms learn, and those of the FPN have a LeakyReLU.
     Deviation: stride 64 is every second pixel of stride 32, "akin to the original FPN". Released
     code computes it from C_5 by a 3x3 convolution with norm: 2048 x 256 x 9 + 512 parameters."""
 
@@ -130,7 +130,7 @@ resnet_fpn = Body
 
 def sample(boxes, target, isthing, *, high, low, count, share, rescue=False):
     """Mask R-CNN's choice of boxes [N, 4] to learn from: `count` at random, at most a `share` of
-    them positive -> indices of positives [P] and negatives, and the truth of positives: number of
+    them positive -> indices of positives [P] and negatives; of each positive's thing the number of
     the segment [P], box and truncated sides [P, 4], category [P]. Positive: the best IoU with a
     thing is at least `high`, or, with `rescue`, the best for some thing. Negative: below `low`.
     Choice: no negative is more than 0.7 void or crowd. Released code has this share for crowds."""
@@ -162,7 +162,7 @@ def smooth_l1_box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncate
 class RegionProposalHead(nn.Module):
     """RPH: 3x3 convolution of stride 2, norm, 1x1 with (o_u, o_v, o_w, o_h, o_s) for each anchor,
     shared by all levels. Only anchors entirely inside of the image exist. isthing bool [C].
-    Choice: all levels pass through the norm together, so that training and test see one statistic.
+    Choice: all levels pass through the norm together: training and test use one set of statistics.
     Released code normalises each level by itself, and its 3x3 convolution has stride 1."""
     samples, nms_threshold = 256, 0.7                          # of Mask R-CNN
 
@@ -201,14 +201,15 @@ class RegionProposalHead(nn.Module):
     @torch.no_grad()
     def propose(self, guesses, size):
         """What `forward` returned -> the best `proposals` boxes [P, 4] of each image, twice as many
-        in training, by NMS in each level of its best anchors, six times as many (Mask R-CNN)."""
+        in training, by NMS in each level of its best anchors, six times as many, of a pixel a side.
+        Choice: six times in each level; in released code over all levels."""
         scores, deltas, anchors, level = guesses
         levels = [torch.where(level == k)[0] for k in range(len(self.strides))]
         found, after = [], self.proposals * (2 if self.training else 1)
         for s, d in zip(scores, deltas):
             best = torch.cat([i[s[i].topk(min(6 * after, len(i))).indices] for i in levels])
             boxes = ops.clip_boxes_to_image(decode(d[best], anchors[best]), size)
-            large = ops.remove_small_boxes(boxes, 1)           # no side under a pixel
+            large = ops.remove_small_boxes(boxes, 1)
             boxes, best = boxes[large], best[large]
             keep = ops.batched_nms(boxes, s[best], level[best], self.nms_threshold)
             found.append(boxes[keep[:after]])
@@ -216,8 +217,8 @@ class RegionProposalHead(nn.Module):
 
     def losses(self, guesses, targets, size):
         """Mask R-CNN's: cross entropy of the scores of 256 anchors an image, box loss of positives.
-        Choice: the box loss is a mean over positives. Mask R-CNN and released code divide by 256:
-        images with few things teach their boxes slowly. Short schedules need more."""
+        Choice: the box loss is a mean over positives. Mask R-CNN and released code divide by 256.
+        Then images with few things teach boxes slowly: too slowly for short schedules."""
         (scores, deltas, anchors, _), score, box, count = guesses, 0, 0, 0
         for s, d, target in zip(scores, deltas, targets):
             yes, no, (_, gt, cut, _) = sample(anchors, target, self.isthing, high=0.7, low=0.3,
@@ -239,10 +240,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class RegionSegmentationHead(nn.Module):
-    """RSH: 14x14 RoIAlign, then two branches: void or thing category with a box for each, and a
+    """RSH: 14x14 RoIAlign, then two branches: void or a thing category with a box for each, and a
     28x28 mask for each. isthing bool [C]; mask_loss of logits and 0/1 truth [P, 28, 28] -> scalar.
-    The first layer takes 7x7 means, as in released code: all 14x14 features would be 38.5 M weights
-    more. Deviation: released code has batch norm where the paper, and this file, has group norm."""
+    Deviation: the first layer takes 7x7 means, as in released code: 38.5 M weights less than of all
+    14x14 features. Released code has batch norm where the paper and this file have group norm."""
     nms_threshold, detections = 0.5, 100                       # of Mask R-CNN
 
     def __init__(self, isthing, body, canonical=224, rois=512, box_loss=smooth_l1_box_loss,
@@ -284,7 +285,7 @@ class RegionSegmentationHead(nn.Module):
         """Mask R-CNN's, of 512 proposals an image, true boxes among them: cross entropy over void
         and things; box loss and mask loss of positives for their true category.
         Choice: one beta for all deltas, so that any box loss fits. 10 l_0.1(z) is Mask R-CNN's
-        l_1(10 z) for centres. For sizes it has l_1(5 z): ours weigh up to twice as much."""
+        l_1(10 z) for centres. For sizes it has l_1(5 z): ours weigh 2 to 4 times as much."""
         rows = []
         for boxes, target in zip(proposals, targets):
             boxes = torch.cat([boxes, thing_truth(target, self.isthing)[1]])
@@ -355,7 +356,7 @@ def window_mean(x, window):
 
 class MiniDL(nn.Module):
     """Figure 2, [B, c_in, h, w] -> [B, channels, h, w]: three branches, concatenated, and a 3x3.
-    Deviation: in released code `out` is 1x1: 4 x 384 x 128 x 8 weights less in four MiniDL."""
+    In released code `out` is 1x1: 4 x 384 x 128 x 8 weights less in four MiniDL."""
 
     def __init__(self, c_in, channels=128, window=64):
         super().__init__()
@@ -370,7 +371,7 @@ class MiniDL(nn.Module):
 
 class SemanticHead(nn.Module):
     """Four MiniDL, one for each of the strides 4 to 32, enlarged to stride 4, concatenated, 1x1:
-    features -> logits [B, categories, H / 4, W / 4]. The 1x1 has no norm, as in released code."""
+    features -> logits [B, categories, H / 4, W / 4]. Deviation: the 1x1 has no norm (released)."""
 
     def __init__(self, c_in, categories, channels=128, window=64):
         super().__init__()
@@ -385,7 +386,7 @@ class SemanticHead(nn.Module):
 def hardest_pixels_loss(logits, target, fraction=0.25):
     """L_ss = - sum_ij omega_ij log P_ij(Y_ij), mean over images. omega = tau = 4 / (W H) for the
     quarter of the pixels of lowest P(Y), else 0. logits [B, C, H, W], target [B, H, W]. All void: 0
-    with gradients. Deviation: released code counts void among the W H, with loss 0; we do not."""
+    with gradients. Choice: W H counts known pixels; released code counts void too, with loss 0."""
     loss, total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none"), 0
     for pixels, known in zip(loss.flatten(1), (target != IGNORE).flatten(1).sum(1).tolist()):
         k = math.ceil(fraction * known)                        # k = W H / 4, so tau = 1 / k
@@ -416,8 +417,8 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
     """masks bool [D, H, W], scores [D], categories [D], semantic int64 [H, W] (the likeliest
     category), isthing [C] -> segments int64 [H, W], categories [N], scores [N] (1 for stuff).
 
-    1. Instances with a score of at least 0.5 (released code; the paper has no number), best score
-       first, take their free pixels if these are at least half of them.
+    1. Instances of a score of at least 0.5 (Choice: as released code; the paper has none), best
+       first, take their free pixels if at least half of the mask is free.
     2. What remains takes the semantic category if it is stuff, and is void if it is a thing.
     3. A stuff category of fewer than `stuff_area` pixels in all becomes void."""
     segments, kept = torch.zeros_like(semantic), []
@@ -494,8 +495,8 @@ class Seamless(nn.Module):
         return Prediction(*fused, found)
 
     def stages(self, fit):
-        """One stage for all that learns: SGD with Nesterov momentum, as in released code.
-        Choice: without fit["decay_norms"] (5.1, "decay BN") biases do not decay either."""
+        """One stage for all that learns: SGD with Nesterov momentum, as in released code. Without
+        fit["decay_norms"] (Table 1, last row) norms do not decay. Choice: nor do biases."""
         learn = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in learn if p.ndim > 1], "weight_decay": fit["decay"]},
                   {"params": [p for p in learn if p.ndim < 2],
@@ -516,5 +517,5 @@ if __name__ == "__main__":
 
 # Exercises
 # 1. Make `inside` all True. Which test fails? What happens to the boxes of things that a crop cut?
-# 2. Set fraction=1.0 in `hardest_pixels_loss`. Which categories lose most, the large or the small?
+# 2. Set fraction=1.0 in `hardest_pixels_loss`. Does the PQ of large or of small categories fall?
 # 3. Let `fuse` take the lowest score first. Predict the PQ of persons in front of cars.

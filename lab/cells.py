@@ -4,7 +4,8 @@ import torch
 
 from data import Category, Sample, new_numbers
 
-# Red with a blue rim. The medians of the authors' clear image are (246, 3, 8) and (64, 0, 155).
+# Red with a blue rim, as in the authors' clear image, whose medians are (246, 3, 8), (64, 0, 155).
+# Deviation: the paper's text says "blue with red boundary".
 BODY, RIM = np.array([[252, 10, 50], [60, 8, 175]], np.float32)[:, :, None, None] / 255
 REACH = 25          # pixels: half of the patch on which a cell is painted
 SMALLEST = 30       # pixels that an object shows at least

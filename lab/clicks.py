@@ -4,6 +4,7 @@ The argument is the number of a toy image or a PNG or JPEG file. The backbone ru
 opens; a click costs one run of the head.
 """
 import argparse
+import itertools
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def window(model, image):
     with torch.no_grad():
         features = model.encoder(image[None])
         shared = model.selection.share(features)
-    paint, colours = np.zeros((H, W, 4), np.float32), iter(range(10**9))
+    paint, colours = np.zeros((H, W, 4), np.float32), itertools.count()
     figure, ax = plt.subplots(figsize=(7, 7 * H / W + 0.5), layout="constrained")
     ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, W, H, 0))  # clicks then count as points
     overlay = ax.imshow(paint, extent=(0, W, H, 0))

@@ -161,8 +161,8 @@ def table_1(model, count, world):
 
 
 def larger_images(model, world, quick, full):
-    """Cells found in larger images, as densely filled -> {(side, name): share found}. The head with
-    a window, as trained, and the paper's head, which sees the whole map."""
+    """Cells found in larger images, equally dense -> {(side, name): share found}. The head with a
+    window, as trained, and the same weights run without one, which is not how they were trained."""
     whole = build(window=None)
     whole.load_state_dict(model.state_dict())
     cut = build(window=None, threshold=0.75)
@@ -196,7 +196,7 @@ def authors_images(model, folder, world):
     except OSError as e:
         raise DataError(f"{folder}: {e}; --authors takes the folder of the authors' 700_sample_"
                         "clear.jpg, _noisy.jpg and _gt.png") from e
-    model.search["patience"] = 20 * 16
+    patience, model.search["patience"] = model.search["patience"], 20 * 16
     dense = OverlappingCells(1, 384, (900, 900), seed=5, augment=False)[0]
     row("as dense, ours, clear", *measure(model, [dense], world))
     for name, image in images.items():
@@ -204,6 +204,7 @@ def authors_images(model, folder, world):
         dense.segments = torch.from_numpy(truth) + 1           # 0 was the ground
         dense.categories = (torch.arange(int(truth.max()) + 1) > 0).long()
         row(f"the authors' 700 cells, {name}", *measure(model, [dense], world))
+    model.search["patience"] = patience
 
 
 def cells(seconds=300, weights=None, authors=None, device="cpu", out="figures"):
@@ -222,10 +223,11 @@ def cells(seconds=300, weights=None, authors=None, device="cpu", out="figures"):
         print(f"training for {seconds:g} s on {world.hardware()}, {count / 1e6:.2f}M weights")
         seen = fit(model.train(), seconds, world)
         print(f"trained on {seen} images: {seen / seconds:.0f} a second")
+    quick, full = seconds < 60, seconds > 600
+    if weights is None and not quick:                          # a trial overwrites nothing
         KEPT.parent.mkdir(exist_ok=True)
         torch.save({"model": model.state_dict()}, KEPT)
     model.eval()
-    quick, full = seconds < 60, seconds > 600
     ap, share = table_1(model, 20 if quick else 200, world)
     larger = larger_images(model, world, quick, full=full)
     if authors:

@@ -205,7 +205,7 @@ def detectors(seeds=3, steps=700, device="cpu", out="figures"):
                                      for name in LOSSES}
     for (telling, what), table in tables.items():
         print(f"\n{WORLDS[telling]}; predicted / true size in %, median over objects, mean and "
-              f"range of {seeds} seeds")
+              f"range of {seeds} seed{'s' * (seeds > 1)}")
         print_table(table, what)
     draw_figure(tables, example, out)
 

@@ -75,7 +75,7 @@ def greedy_steps(model, sample, axes):
             return logits.sigmoid() * (len(asked) <= rounds), corners
 
         labels, _ = segment_instances(propose, unknown, model.threshold,
-                                      generator=torch.Generator().manual_seed(0))
+                                      generator=torch.Generator().manual_seed(0), **model.search)
         return labels, asked
 
     count = int(after(math.inf)[0].max())

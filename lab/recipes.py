@@ -220,12 +220,12 @@ RECIPES["affinity", "mapillary"] = dict(
 
 # Appendix B: whole images of shortest side 800, mirrored only, 200k steps, rate 0.02, drops after
 # 150k and 190k, variant C, cut-off 0.75; A.1: cross entropy unless otherwise stated. Choice:
-# batches of 16; the longest side is not limited to 1333.
+# batches of 16. Deviation: the longest side is not limited to 1333.
 RECIPES["affinity", "coco"] = dict(
     body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=1),
     model=dict(score_threshold=0.75, semantic_loss="cross-entropy", mask_loss="lovasz",
                excitation=True, loss_weights=(1.0, 0.2, 0.1), variant="C"),
-    crops=dict(mode="full", size=(640, 640), short_side=800, scale=(1.0, 1.0), hue=0.05),
+    crops=dict(mode="full", size=(640, 640), short_side=800, scale=(1.0, 1.0)),
     fit=dict(batch=16, steps=200000, lr=0.02, warmup=500, drops=(0.75, 0.95)))
 
 RECIPES["affinity", "cells"] = dict(

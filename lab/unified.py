@@ -53,7 +53,7 @@ class UnifiedNet(nn.Module):
     ibs_weight: of intra-batch supervision, 0 for none.
     paired: crops 2 k and 2 k + 1 of a batch supervise each other, if they show different images, as
     section 4.2 wants of the pairs of ibs.PairedCropSampler. Crops of any other sampler are drawn
-    independently, so that this partner is as random as any. False: any other crop (section 4.1).
+    independently, so crop 2 k + 1 is a random partner too. False: any other crop (section 4.1).
     score_threshold, overlap, stuff_area: see `merge`; stuff_area counts pixels at 1024x2048 and is
     scaled with the image. Kernels uses no cell of less heat than score_threshold.
 
