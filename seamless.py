@@ -12,9 +12,9 @@ MiniDL ("Mini-DeepLab") is the new part. DeepLab gives each pixel the mean of th
 changes with the size of the image. MiniDL takes the mean of a window of 64x64 features around it.
 
 The paper claims 51.43 M parameters and 0.514 TFLOP at 1024x2048; two networks take 78.06 M and
-0.864. PQ, one against two networks: Cityscapes 59.8, 59.8; IDD 46.9, 47.2. Vistas, one: 36.2.
-With the stride 64 and the MiniDL of the released code (see `Body`, `MiniDL`) this file would have
-48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
+0.864. PQ, one against two networks: Cityscapes 59.8, 59.8; IDD 46.9, 47.2. Vistas, one: 36.2. With
+the released stride 64 and MiniDL (see there) this file would have 48,288,147 + 4,719,104 -
+1,572,864 = 51,434,387 parameters.
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
     pytest tests/test_seamless.py                                       the spec of this file
@@ -201,8 +201,7 @@ class RegionProposalHead(nn.Module):
     @torch.no_grad()
     def propose(self, guesses, size):
         """What `forward` returned -> the best `proposals` boxes [P, 4] of each image, twice as many
-        in training, by NMS in each level of its best anchors, six times as many, of a pixel a side.
-        Choice: six times in each level; in released code over all levels."""
+        in training, by NMS of the six times as many best anchors of each level (released: of all)."""
         scores, deltas, anchors, level = guesses
         levels = [torch.where(level == k)[0] for k in range(len(self.strides))]
         found, after = [], self.proposals * (2 if self.training else 1)

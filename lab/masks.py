@@ -61,8 +61,8 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
     Masks are enlarged one at a time: 100 of them take 800 MB at 1024x2048.
     Deviation: Mask2Former merges likewise, but in step 3 its released code counts every pixel that
     a mask wins in step 2, also where the probability is at most 1/2.
-    Deviation: Panoptic FCN's released code places things one by one, by falling score, and drops one of which
-    more than `overlap` is taken. Stuff fills the rest."""
+    Deviation: Panoptic FCN's released code places things one by one, by falling score, and drops
+    one of which more than `overlap` is taken. Stuff fills the rest."""
     device, n = logits.device, len(logits)
     best = torch.zeros(size, device=device)
     winner = torch.full(size, -1, dtype=torch.long, device=device)

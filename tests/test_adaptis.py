@@ -806,7 +806,9 @@ def test_the_demo_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_adaptis, "table_1", lambda *args: ({}, 0.0))
     demo_adaptis.cells(0.05, out=str(tmp_path))
     assert (tmp_path / "adaptis.png").stat().st_size > 0
-    canvas = clicks.window(demo_adaptis.load(demo_adaptis.KEPT), tiny[0].image).canvas
+    assert not demo_adaptis.KEPT.exists()                      # a trial overwrites no weights
+    torch.save({"model": demo_adaptis.build().state_dict()}, "kept.pt")
+    canvas = clicks.window(demo_adaptis.load("kept.pt"), tiny[0].image).canvas
     x, y = canvas.figure.axes[0].transData.transform((9.0, 12.0))
     event = matplotlib.backend_bases.MouseEvent("button_press_event", canvas, x, y, 1)
     canvas.callbacks.process("button_press_event", event)
