@@ -201,7 +201,7 @@ class RegionProposalHead(nn.Module):
     @torch.no_grad()
     def propose(self, guesses, size):
         """What `forward` returned -> the best `proposals` boxes [P, 4] of each image, twice as many
-        in training, by NMS of the six times as many best anchors of each level (released: of all)."""
+        in training, by NMS of the six times as many best anchors of a level (released: of all)."""
         scores, deltas, anchors, level = guesses
         levels = [torch.where(level == k)[0] for k in range(len(self.strides))]
         found, after = [], self.proposals * (2 if self.training else 1)

@@ -117,15 +117,16 @@ def add(name, rows):
     table = json.loads(path.read_text())
     for label, pattern in rows:
         seeds, hardware = {}, table.get("hardware")
-        for folder in map(Path, sorted(glob.glob(pattern))):
-            metrics = json.loads((folder / "metrics.json").read_text())
+        for file in sorted(glob.glob(f"{pattern}/metrics.json")):
+            metrics = json.loads(Path(file).read_text())
             facts = metrics["run"]
             keys = table.get("keys", {})
             seeds[str(facts["seed"])] = {c: pick({**metrics, **facts}, keys.get(c, c))
                                          for c in table["columns"]}
             hardware = facts["hardware"]
         if not seeds:
-            raise DataError(f"{pattern}: no finished run")
+            raise DataError(f"{pattern}: no folder of a finished run; --add takes NAME, then "
+                            "\"ROW=pattern of run folders\"")
         table["rows"] = [r for r in table["rows"] if r["name"] != label]
         table["rows"].append({"name": label, "seeds": seeds})
         table["hardware"] = hardware
