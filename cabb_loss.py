@@ -275,16 +275,17 @@ def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
     d_a, c_a = anchors[:, 2:] - anchors[:, :2], (anchors[:, :2] + anchors[:, 2:]) / 2
     a, b = (seen[:, :2] - c_a) / d_a, (seen[:, 2:] - c_a) / d_a                     # [N, 2]
     delta_pred, omega_pred = p[:, :2], p[:, 2:].clamp(-500, 500).exp()              # e^800 = inf
-    low_free, high_free = free[:, :2], free[:, 2:]
-    # (O1), mirrored where the low side is free. Every box is solved; only what is cut is kept.
+    low_free, high_free = free.split(2, 1)
+    one, two, omega = low_free ^ high_free, low_free & high_free, b - a
+    # Few boxes are cut: only these are solved. (O1) is mirrored where the low side is free.
     sign, fixed = torch.where(high_free, 1, -1), torch.where(high_free, a, b)
-    omega = solve_o1(b - a, 2 * sign * (delta_pred - fixed), omega_pred, beta=beta)
+    hat = 2 * sign * (delta_pred - fixed)
+    omega[one] = solve_o1(omega[one], hat[one], omega_pred[one], beta=beta)
     delta = fixed + sign * omega / 2
-    both, solution = low_free & high_free, solve_o2(a, b, delta_pred, omega_pred, beta=beta)
-    delta, omega = torch.where(both, solution[0], delta), torch.where(both, solution[1], omega)
+    delta[two], omega[two] = solve_o2(a[two], b[two], delta_pred[two], omega_pred[two], beta=beta)
     # At the bound the answer is G|C to the last bit, so the loss never exceeds Eq. 1 by rounding.
-    moved = (low_free | high_free) & (omega > b - a)
-    return torch.where(moved.repeat(1, 2), torch.cat([delta, omega.log()], 1), target)
+    moved = (omega > b - a).repeat(1, 2)
+    return torch.where(moved, torch.cat([delta, omega.log()], 1), target)
 
 
 def cabb_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
@@ -323,8 +324,7 @@ if __name__ == "__main__":
     main()
 
 # Exercises
-# 1. In `free_sides` drop `& truncated`. Which test fails, and what would a network learn about cars
-#    that end where a crop ends?
+# 1. In `free_sides` drop `& truncated`. Which test fails? What of cars that end where a crop ends?
 # 2. Replace (O1) by a hinge: the prediction itself where it is larger than G|C, else G|C. Which
 #    tests fail, and what changes in the demo's table?
 # 3. Drop regime 5 in `rising_stretches`. Which predictions get a worse box?
