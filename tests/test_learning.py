@@ -39,10 +39,10 @@ def trained(tmp_path, *words):
 @claim("porzi2019", "3", "one network segments things and stuff", of="seamless.Seamless",
        figure="predictions.png", result="Toy street, Seamless")
 def test_the_toy_street_is_learnt_in_minutes(tmp_path):
-    """`python train.py` on the test split. Colour alone reaches a PQ of 19.5 on val."""
+    """`python train.py` on the test split: PQ 58.4 to 60.3 in three seeds; colour alone has 19.5."""
     metrics = trained(tmp_path)
     assert metrics["images"] == 50
-    assert metrics["PQ"] > 57 and metrics["PQ_th"] > 28 and metrics["PQ_st"] > 79
+    assert metrics["PQ"] > 56 and metrics["PQ_th"] > 28 and metrics["PQ_st"] > 78
 
 
 # One small frame: enlarged four times, whole, neither scaled nor mirrored.
@@ -115,15 +115,15 @@ def confused(scenes, index, crops, *, mode, weight, steps, seed):
 def test_crops_confuse_and_intra_batch_supervision_tells_apart():
     """A network of crops confuses at least 1.5 times as many of its things as one of whole images
     after as many pixels, but hardly any on images as large as its crops. With IBS the same crops
-    confuse less, on the mean of two seeds: one alone is uncertain by 6 points."""
+    confuse less, on the mean of four seeds: one alone is uncertain by 6 points."""
     scenes = worlds.world("parking", "train")
     unseen = worlds.world("parking", "test", 60)
     crops = [[crop(unseen[i], *demo_ibs.WINDOWS[size], size) for i in range(len(unseen))]
              for size in ((128, 256), (80, 160))]
     index, rows = isus.build_index(scenes), {}
     for name, mode, weight, seeds in (("full", "full", 0.0, [0]),
-                                      ("without", "uniform", 0.0, [0, 1]),
-                                      ("supervised", "uniform", 2.0, [0, 1])):
+                                      ("without", "uniform", 0.0, range(4)),
+                                      ("supervised", "uniform", 2.0, range(4))):
         found = [confused(scenes, index, crops, mode=mode, weight=weight, steps=512, seed=seed)
                  for seed in seeds]
         rows[name] = torch.tensor(found).mean(0).tolist()
