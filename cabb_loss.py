@@ -26,7 +26,6 @@ crop is [0, width] x [0, height], crop_size = (height, width).
 
 Porzi, Rota Bulò and Kontschieder, "Improving Panoptic Segmentation at All Scales", CVPR 2021.
 """
-import argparse
 import math
 
 import torch
@@ -310,18 +309,9 @@ def demo(quick=False, full=False, device="cpu", out="figures"):
     detectors(seeds, steps, device=device, out=out)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, ten steps")
-    parser.add_argument("--full", action="store_true", help="ten seeds of 2000 steps")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", default="figures", help="folder of the figure")
-    demo(**vars(parser.parse_args(argv)))
-
-
 if __name__ == "__main__":
-    main()
+    from data import command_line                              # to run the file, not to import it
+    command_line(demo, __doc__, quick="one seed, ten steps", full="ten seeds of 2000 steps")
 
 # Exercises
 # 1. In `free_sides` drop `& truncated`. Which test fails? What of cars that end where a crop ends?

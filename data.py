@@ -12,8 +12,7 @@ A crop cuts objects. A Target holds two boxes of each: `boxes` of the visible pa
 the whole object. `truncated` marks the edges beyond which it goes on, which cabb_loss.py needs.
 
 Boxes are float [N, 4], x1 y1 x2 y2 in pixels, half open (x2 = last pixel + 1). Pixel (i, j) has its
-centre at (j + .5, i + .5). A data set is a sequence of Samples with `.categories` and `.labels(i)`:
-segments, categories and crowd without the image.
+centre at (j + .5, i + .5). A data set is a sequence of Samples; `.labels(i)` reads no image.
 `Choice:` marks what a paper leaves open, `Deviation:` what a file does otherwise than its paper.
 
     python data.py [--quick] [--full] [--device D] [--out DIR]     the example below, then a figure
@@ -118,9 +117,7 @@ def decode(deltas, anchors, limit=math.log(1000 / 16)):
 
 def pyramid_level(boxes, levels=4, canonical=224, k0=3):
     """The pyramid level that serves a box: boxes [N, 4] -> int64 [N] in 1..levels.
-
         k = max(1, min(levels, floor(k0 + log2(sqrt(w h) / canonical))))
-
     An object of `canonical` pixels (224: ImageNet's image size) belongs to level k0. Network and
     sampler (isus.py) must use the same rule. A NaN box gets level 1.
     Deviation: Porzi et al. 2019 print the root over all of the fraction, FPN (2017) as here."""
@@ -195,7 +192,6 @@ def blend(old, new, start, length):
 
 def resize_window(image, size, y, x):
     """Rows y[0] to y[1] - 1 and columns x[0] to x[1] - 1 of the image [3, H, W] resized to `size`.
-
     Plain version: F.interpolate(image, size, mode="bilinear", antialias=True), then a slice. This
     computes only the slice: all of an enlarged image may take 400 MB."""
     if image.shape[1:] == size:
@@ -213,7 +209,6 @@ def crop(sample, top, left, window, *, size=None, flip=False, boxes=None, image_
          scale=1.0):
     """Resizes the sample to `size` (h, w; None: no), mirrors it if `flip`, and cuts the window
     (h, w) at (top, left) -> (image [3, h, w], Target).
-
     Segments take the nearest pixel: numbers must not mix. Invisible ones are dropped, the others
     renumbered 1..n in their order. Outside of the image all is black and void. `boxes` [N, 4] are
     the native boxes, if known; `instance` is a segment of the sample.
@@ -275,20 +270,25 @@ def collate(crops):
 
 def command_line(demo, text, *, quick, full):
     """Runs demo(quick, full, device, out) as the command line says; --help prints `text`."""
-    parser = argparse.ArgumentParser(description=text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--full", action="store_true", help=full)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", default="figures", help="folder of the figure")
-    demo(**vars(parser.parse_args()))
+    parser.add_argument("--out", help="folder of the figure; default: figures; --quick: runs/quick")
+    flags = parser.parse_args()
+    flags.out = flags.out or ("runs/quick" if flags.quick else "figures")
+    try:
+        demo(**vars(flags))
+    except ModuleNotFoundError as e:
+        parser.exit(2, f"{e}: the demo needs nanopanoptic's folder lab/ beside this file\n")
 
 
 def demo(quick=False, full=False, device="cpu", out="figures"):
     """The toy street: a table, a figure of scenes with their labels."""
     print("segments of a crop of a 3x5 label:", example()[1].segments.tolist())
     from lab.street import show
-    show(scenes=10 if quick else 400 if full else 100, out=out)
+    show(10 if quick else 400 if full else 100, out=out)
 
 
 if __name__ == "__main__":

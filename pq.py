@@ -28,7 +28,6 @@ Kirillov et al., "Panoptic Segmentation", CVPR 2019. Porzi et al., "Seamless Sce
 CVPR 2019. de Geus and Dubbelman, "Intra-Batch Supervision for Panoptic Segmentation on
 High-Resolution Images", WACV 2023.
 """
-import argparse
 
 import torch
 import torch.distributed as dist
@@ -300,18 +299,9 @@ def demo(quick=False, full=False, device="cpu", out="figures"):
     cliff(steps=25 if quick else 961 if full else 241, out=out)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a coarse curve")
-    parser.add_argument("--full", action="store_true", help="a finer curve")
-    parser.add_argument("--device", default="cpu", help="unused: nothing here needs a GPU")
-    parser.add_argument("--out", default="figures", help="folder of the figure")
-    demo(**vars(parser.parse_args(argv)))
-
-
 if __name__ == "__main__":
-    main()
+    from data import command_line                              # to run the file, not to import it
+    command_line(demo, __doc__, quick="a coarse curve", full="a finer curve")
 
 # Exercises
 # 1. Let segments match at IoU >= 1/2. Which sentence of the docstring breaks, which test notices?

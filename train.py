@@ -302,6 +302,9 @@ def arguments(flags, state=None, path=""):
     dataset = stored.get("dataset") or flags.dataset or "street"
     own = {"cells": "adaptis", "parking": "ibs"}.get(dataset, "seamless")
     method = stored.get("method") or flags.method or own
+    if method not in methods.METHODS:
+        raise DataError(f"{path} is of --method {method}, which is none of "
+                        f"{', '.join(methods.METHODS)}: register it first, as in README's example")
     explicit = {("model", "box_loss"): flags.box_loss, ("crops", "mode"): flags.sampler,
                 ("fit", "steps"): flags.steps}
     explicit = {k: v for k, v in explicit.items() if v is not None}

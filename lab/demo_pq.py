@@ -49,7 +49,10 @@ def cliff(steps=241, out="figures"):
     """What PQ and PQ-dagger say while a sidewalk shrinks in `steps` steps. Prints a table, draws
     pq.png."""
     rows = shrink(steps)
-    at = {iou: rows[np.abs(rows[:, 0] - iou).argmin()] for iou in (46, 49, 51, 62)}
+    at = {}                                                    # the nearest on the same side of 50
+    for iou in (46, 49, 51, 62):
+        side = rows[(rows[:, 0] > 50) == (iou > 50)]
+        at[iou] = side[np.abs(side[:, 0] - iou).argmin()]
     print(f"{'the paper says':>60} | measured on our sidewalk")
     for name, iou, said in (("traffic light", 46, "0"), ("pole", 49, "0"), ("", 51, ""),
                             ("sidewalk", 62, ".62")):

@@ -93,6 +93,8 @@ def show(steps=260, tests=60, device="cpu", out="figures"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     print_seamless()
+    if steps < 100:
+        print(f"{steps} steps are too few to learn: the tables below only show that all runs")
     torch.manual_seed(0)
     scenes, unseen = StreetScenes(100_000, seed=3), StreetScenes(tests, seed=4)
     body, heads = train_heads(scenes, steps, device)

@@ -227,9 +227,10 @@ def test_the_command_line_runs_the_demo_and_prints_help(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
         data.command_line(lambda **how: print(how), "a text", quick="fast", full="slow")
-    run("--full", "--device", "cuda")
-    assert eval(capsys.readouterr().out) == dict(quick=False, full=True, device="cuda",
-                                                 out="figures")
+    for words, out in ((["--full"], "figures"), (["--quick"], "runs/quick")):
+        run("--device", "cuda", *words)
+        how = dict(quick="--quick" in words, full="--full" in words, device="cuda", out=out)
+        assert eval(capsys.readouterr().out) == how
     with pytest.raises(SystemExit):
         run("--help")
     assert "a text" in capsys.readouterr().out
