@@ -37,7 +37,7 @@ def trained(tmp_path, *words):
 
 
 @claim("porzi2019", "3", "one network segments things and stuff", of="seamless.Seamless",
-       figure="predictions.png", result="Toy street, Seamless")
+       figure="predictions.png", result="Toy street, Seamless: the default of train.py")
 def test_the_toy_street_is_learnt_in_minutes(tmp_path):
     """`python train.py` on the test split: PQ 58.4 to 60.3 in three seeds; colour alone 19.5."""
     metrics = trained(tmp_path)
@@ -71,7 +71,7 @@ def test_one_frame_in_cityscapes_layout_is_learnt_by_heart(tmp_path):
 
 
 @claim("sofiiuk2019", "6", "overlapping cells are told apart, in larger images as well",
-       of="adaptis.AdaptIS", figure="adaptis.png", result="AdaptIS on overlapping cells")
+       of="adaptis.AdaptIS", figure="adaptis.png", result="AdaptIS on overlapping cells: the demo")
 def test_cells_are_learnt_in_five_minutes_and_larger_images_are_no_harder(tmp_path):
     """`python adaptis.py`: 85 to 88 AP@.5 and 41 to 49 AP@.9 were measured (paper, after 140
     epochs: 99.6 and 97.5). At 384x384 the recall is at least 0.97 of that at 96x96. A head that
@@ -87,7 +87,7 @@ def test_cells_are_learnt_in_five_minutes_and_larger_images_are_no_harder(tmp_pa
 
 @claim("li2020", "3.3", "the affinity head returns to objects what their boxes cut off",
        of="affinity_head.InstanceAffinityHead", figure="affinity_head.png",
-       result="Affinity head, detections with shrunk boxes")
+       result="Affinity head, detections with shrunk boxes: the demo")
 def test_the_affinity_head_gives_objects_back_what_their_boxes_cut_off(tmp_path):
     """`python affinity_head.py`: PQ at least 5 above argmax over the potential on 150 unseen
     images. On images of four times as many pixels the mean over the pixels holds what the sum
@@ -111,7 +111,7 @@ def confused(scenes, index, crops, *, mode, weight, steps, seed):
 
 
 @claim("degeus2023", "5.1, Figure 5", "crops confuse, and intra-batch supervision tells apart",
-       of="ibs.ibs_loss", figure="ibs.png", result="Intra-batch supervision on the parking lot")
+       of="ibs.ibs_loss", figure="ibs.png", result="Intra-batch supervision: the demo")
 def test_crops_confuse_and_intra_batch_supervision_tells_apart():
     """A network of crops confuses at least 1.5 times as many of its things as one of whole images
     after as many pixels, but hardly any on images as large as its crops. With IBS the same crops
