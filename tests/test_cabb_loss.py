@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import BoxCoder
 
 import cabb_loss as module
 from cabb_loss import (box_loss, cabb_loss, cabb_targets, decode, encode, nearest_box, smooth_l1,
-                       solve_o1, solve_o2)
+                       solve_o1, solve_o2, visible)
 from claims import claim
 from lab import demo_cabb
 
@@ -335,6 +335,22 @@ def test_o1_reaches_the_global_minimum(beta):
     assert (omega >= low).all() and (omega == low).sum() > 30
     omega = solve_o1(low.float(), hat.float(), pred.float(), beta=beta)
     assert omega.dtype == torch.float32 and (omega >= low.float()).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("regime, omega", [("LL", 2.0), ("LQ", 0.3), ("LQ", 1.7), ("QL", 2.3),
+                                           ("QL", 20.0), ("QQ", 0.4), ("QQ", 5.0)])
+def test_o1_finds_a_known_stationary_point(regime, omega, beta):
+    """hat < omega < pred has one minimum only: choose it, compute hat and pred. To 1e-12."""
+    omega = torch.full((20,), omega, dtype=float64)
+    hat, pred = stationary(omega, beta, regime, 1, g=torch.Generator().manual_seed(1))
+    assert torch.allclose(solve_o1(omega / 10, hat, pred, beta=beta), omega, rtol=1e-12)
+
+
+def test_boxes_outside_of_the_crop_become_a_hundredth_of_a_pixel_long():
+    seen = visible(torch.cat([row(-50, 20, -10, 60), row(700, 20, 800, 60)]), CROP)
+    length = (seen[:, 2:] - seen[:, :2]).amin(1)
+    assert torch.allclose(length, torch.full_like(length, 0.01)) and (seen >= 0).all()
 
 
 @claim("porzi2021", "Section 2.4", "in general local, non-global solutions exist", of="solve_o1",

@@ -137,12 +137,6 @@ def test_no_crop_is_its_own_target_nor_one_of_the_same_image():
         assert abs(counts[i, t] - 2000 / n) < 5 * math.sqrt(2000 / n * (1 - 1 / n))
 
 
-def test_crops_without_another_image_have_no_target():
-    """A batch of one, a batch of one image, no batch, two images."""
-    for ids, targets in (([3], [-1]), ([3, 3, 3], [-1] * 3), ([], []), ([4, 3], [1, 0])):
-        assert ibs.pick_targets(torch.tensor(ids, dtype=torch.int64)).tolist() == targets
-
-
 @claim("degeus2023", "4.2", "IBS is applied between the two crops of a pair", of="pick_targets")
 def test_crops_of_a_pair_are_each_others_targets():
     for ids, targets in (([1, 2, 3, 4], [1, 0, 3, 2]), ([1, 2, 4, 4, 5], [1, 0, -1, -1, -1])):
