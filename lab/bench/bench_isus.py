@@ -24,13 +24,15 @@ def speed(count=40):
         image, label = best(lambda: readers.read_image(path), 5), best(lambda: dataset.labels(0), 5)
         print(f"decoding an image            {1e3 * image:8.1f} ms")
         print(f"reading a label              {1e3 * label:8.1f} ms")
+        slowest = 0.0
         for mode in ("isus", "cus", "uniform"):
             sampler = CropSampler(dataset, table, mode=mode, size=(512, 1024), short_side=1024,
                                   batch=1)
             seconds = best(lambda: [sampler.batch(k) for k in range(count)], 1) / count
             print(f"{mode:28s} {1e3 * seconds:8.1f} ms a crop, {1 / seconds:.1f} crops a second "
                   f"and core (bar: 8); {(image + label) / seconds:.0%} is reading")
-            assert 1 / seconds >= 8
+            slowest = max(slowest, seconds)
+        assert 1 / slowest >= 8
 
 
 def sizes():
