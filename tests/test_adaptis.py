@@ -609,6 +609,16 @@ def test_the_category_of_an_instance_is_that_of_the_highest_summed_probability()
     assert p.categories.tolist() == [2, 0] and (p.segments == 1).sum() == 5
 
 
+@pytest.mark.parametrize("h, w, stride", [(11, 14, 2), (9, 9, 4), (1, 3, 2)])
+def test_images_whose_size_is_no_multiple_of_the_stride(h, w, stride):
+    image = rand(3, h, w, seed=h) * torch.tensor([1, 1, 0])[:, None, None]
+    p = model_of([], (False, False, True), stride=stride).predict(image)
+    rows, columns = (torch.arange(-(-n // stride) * stride).clamp(max=n - 1) for n in (h, w))
+    cells = F.avg_pool2d(image[None, :, rows[:, None], columns], stride).clamp(min=1e-9).log()
+    fine = F.interpolate(cells, scale_factor=stride, mode="bilinear")[0, :, :h, :w]
+    assert torch.equal(p.categories[p.segments - 1], fine.argmax(0))
+
+
 @claim(PAPER, "7", "horizontal flip at test time", of="AdaptIS")
 @pytest.mark.parametrize("width, window", [(24, (10, 12)), (24, None), (20, (8, 8))])
 def test_with_flip_a_mirrored_image_gives_the_mirrored_result(width, window):

@@ -425,13 +425,3 @@ def test_parking_lots_depend_on_seed_and_number_alone():
     assert not torch.equal(Parking(3, seed=2)[2].image, sample.image)
     with pytest.raises(IndexError):
         Parking(3)[3]
-
-
-def test_batches_of_the_demo_hold_as_many_pixels_as_they_say():
-    scenes = Parking(4, seed=1)
-    index = isus.build_index(scenes)
-    for mode in ("uniform", "paired"):
-        images, targets = next(demo_ibs.batches(scenes, index, mode))
-        assert images.shape == (6, 3, 80, 160) and len(targets) == 6
-    images, _ = next(demo_ibs.batches(scenes, index, "full"))
-    assert len(images) == 2 and 102 <= images.shape[2] <= 160
