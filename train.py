@@ -61,10 +61,10 @@ def open_dataset(args, split):
 def build_sampler(dataset, args, world, folder, start):
     """The endless supply of batches, from step `start` on; `crops` are its keyword arguments."""
     crops = dict(args["crops"])
-    mode, batch = crops["mode"], args["fit"]["batch"]
-    if batch % world.size:
-        raise DataError(f"fit.batch={batch} cannot be shared among {world.size} processes; take a "
-                        f"multiple of {world.size}")
+    mode, batch, parts = crops["mode"], args["fit"]["batch"], args["fit"]["accumulate"]
+    if batch % (world.size * parts):
+        raise DataError(f"fit.batch={batch} cannot be shared among {world.size} processes in "
+                        f"fit.accumulate={parts} parts; take a multiple of {world.size * parts}")
     table = None
     if isinstance(dataset, worlds.Drawn):
         dataset.fill(os.cpu_count() if args["workers"] else 0)  # nothing is drawn in the timed loop
@@ -73,8 +73,8 @@ def build_sampler(dataset, args, world, folder, start):
         cache = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
         table = index.cached_index(dataset, cache, world.rank, world_size=world.size,
                                    workers=args["workers"])
-    place = dict(batch=batch // world.size, seed=args["seed"], start=start, rank=world.rank,
-                 world=world.size)
+    place = dict(batch=batch // world.size // parts, seed=args["seed"], start=start * parts,
+                 rank=world.rank, world=world.size)
     canonical = args["model"].get("canonical")
     if mode == "isus" and canonical not in (None, crops["canonical"]):
         raise DataError(f"crops.canonical={crops['canonical']} and model.canonical={canonical}: "
@@ -123,14 +123,15 @@ def rate(step, steps, warmup, drops, poly):
 
 
 def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps=1000, batch=4,
-        lr=0.01, lr_body=0.0, decay=1e-4, decay_norms=True, warmup=0, drops=(), poly=0.0, clip=10.0,
-        interval=50):
+        accumulate=1, lr=0.01, lr_body=0.0, decay=1e-4, decay_norms=True, warmup=0, drops=(),
+        poly=0.0, clip=10.0, interval=50):
     """Trains the model stage by stage -> seconds spent.
 
     batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds) writes a
     checkpoint, every ten intervals. `begin` is the checkpoint to go on from. `held_out(step,
     seconds)` is called after each step; it evaluates now and then. lr_body is the rate of the
     backbone, for methods whose `stages` has one; clip bounds the norm of the gradient.
+    A step draws `accumulate` parts of a batch one after the other and adds up their gradients.
     A step that logs nothing does not wait for the GPU: losses are summed where they are computed,
     and read, and tested for NaN, once an interval."""
     plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms)
@@ -157,17 +158,20 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
             factor = rate(done - first, length, warmup, drops, poly)
             for group, base in zip(optimiser.param_groups, rates):
                 group["lr"] = base * factor
-            images, targets = next(batches)
-            images = images.to(world.device, memory_format=torch.channels_last, non_blocking=True)
-            with world.autocast():
-                losses = network(images, [t.to(world.device) for t in targets])
-            total = sum(losses.values())
             optimiser.zero_grad(set_to_none=True)
-            total.backward()
+            for part in range(1, accumulate + 1):
+                images, targets = next(batches)
+                images = images.to(world.device, memory_format=torch.channels_last,
+                                   non_blocking=True)
+                with world.last(network, part == accumulate):
+                    with world.autocast():
+                        losses = network(images, [t.to(world.device) for t in targets])
+                    total = sum(losses.values())
+                    (total / accumulate).backward()
+                for key, value in (*losses.items(), ("total", total)):
+                    sums[key] = sums.get(key, 0) + value.detach() / accumulate
             nn.utils.clip_grad_norm_(trained, clip)
             optimiser.step()
-            for key, value in (*losses.items(), ("total", total)):
-                sums[key] = sums.get(key, 0) + value.detach()
             done, count = done + 1, count + 1
             if done % interval == 0 or done == steps:
                 means = {k: v.item() / count for k, v in sums.items()}

@@ -47,6 +47,10 @@ class World:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
+    def last(self, network, part):
+        """The context of a part of a batch: gradients cross processes at the last `part` only."""
+        return nullcontext() if part or self.size == 1 else network.no_sync()
+
     def memory(self):
         """Peak memory in GiB: of the GPU, or of this process on a CPU."""
         if self.device.type == "cuda":
