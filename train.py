@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 import ibs
 import isus
 from data import Category, DataError
-from lab import evaluate, index, methods, predict, readers, runs, settings, worlds
+from lab import cache, evaluate, index, methods, predict, readers, runs, settings, worlds
 
 SAMPLERS = ("isus", "cus", "uniform", "full", "paired")
 OFFICIAL = {"cityscapes": ("train", "val"), "idd": ("train", "val"),      # training, evaluation
@@ -54,8 +54,10 @@ def open_dataset(args, split):
     folder = OFFICIAL[name][0 if split == "train" else 1]
     folder = args["train_split" if split == "train" else "eval_split"] or folder
     if name in ("cityscapes", "idd"):
-        return readers.Cityscapes(args["root"], folder, table=name)
-    return readers.CocoPanoptic(args["root"], folder)
+        dataset = readers.Cityscapes(args["root"], folder, table=name)
+    else:
+        dataset = readers.CocoPanoptic(args["root"], folder)
+    return cache.Decoded(dataset, args["cache"]) if args["cache"] and split == "train" else dataset
 
 
 def build_sampler(dataset, args, world, folder, start):
@@ -70,8 +72,8 @@ def build_sampler(dataset, args, world, folder, start):
         dataset.fill(os.cpu_count() if args["workers"] else 0)  # nothing is drawn in the timed loop
         table = isus.build_index(dataset)
     elif mode in ("isus", "cus", "paired"):                    # labels on disk are read once
-        cache = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
-        table = index.cached_index(dataset, cache, world.rank, world_size=world.size,
+        path = folder.parent / f"index-{args['dataset']}-{args['train_split'] or 'train'}.pt"
+        table = index.cached_index(dataset, path, world.rank, world_size=world.size,
                                    workers=args["workers"])
     place = dict(batch=batch // world.size // parts, seed=args["seed"], start=start * parts,
                  rank=world.rank, world=world.size)
@@ -272,6 +274,7 @@ def parse(argv):
     p.add_argument("--root", help="folder of a real data set, in its official layout")
     p.add_argument("--train-split", help="its training part, if not the official one")
     p.add_argument("--eval-split", help="its evaluation part, if not the official one")
+    p.add_argument("--cache", metavar="DIR", help="keep its decoded training images there")
     p.add_argument("--images", type=int, default=0, help="toy images to train on")
     p.add_argument("--eval-images", type=int, default=0, help="images to evaluate on, 0: all")
     p.add_argument("--method", choices=list(methods.METHODS), help="default: seamless; on cells "
@@ -316,7 +319,7 @@ def arguments(flags, state=None, path=""):
     values, origin = settings.resolve(dataset, method, fit, explicit, stored)
     plain = dict(dataset=dataset, method=method, root=flags.root, train_split=flags.train_split,
                  eval_split=flags.eval_split, images=flags.images, eval_images=flags.eval_images,
-                 seed=flags.seed, eval_every=flags.eval_every)
+                 seed=flags.seed, eval_every=flags.eval_every, cache=flags.cache)
     given = {k: v for k, v in plain.items() if v not in (None, 0)}
     plain = {**plain, "seed": 0, **{k: stored[k] for k in plain if k in stored}, **given}
     return {**plain, **values}, origin
