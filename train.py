@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -33,32 +34,14 @@ from torch.utils.data import DataLoader
 import ibs
 import isus
 from data import Category, DataError
-from lab import cache, evaluate, index, methods, predict, readers, runs, settings, worlds
+from lab import ends, evaluate, folders, index, methods, predict, runs, settings, worlds
+from lab.ranges import RANGES
+from lab.worlds import OFFICIAL, open_dataset
 
-SAMPLERS = ("isus", "cus", "uniform", "full", "paired")
-OFFICIAL = {"cityscapes": ("train", "val"), "idd": ("train", "val"),      # training, evaluation
-            "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
+SAMPLERS = RANGES["crops.mode"]
 
 
 # --- Data -------------------------------------------------------------------------------------
-
-def open_dataset(args, split):
-    """The data set of `args`: split is "train", "val" or "test". Real data has no public test
-    labels, so both "val" and "test" are its official validation split there."""
-    name = args["dataset"]
-    if name in worlds.TOYS:
-        images = args["images"] if split == "train" else args["eval_images"]
-        return worlds.world(name, split, images)
-    if not args["root"]:
-        raise DataError(f"--dataset {name} needs --root DIR, the folder of the data set")
-    folder = OFFICIAL[name][0 if split == "train" else 1]
-    folder = args["train_split" if split == "train" else "eval_split"] or folder
-    if name in ("cityscapes", "idd"):
-        dataset = readers.Cityscapes(args["root"], folder, table=name)
-    else:
-        dataset = readers.CocoPanoptic(args["root"], folder)
-    return cache.Decoded(dataset, args["cache"]) if args["cache"] and split == "train" else dataset
-
 
 def build_sampler(dataset, args, world, folder, start):
     """The endless supply of batches, from step `start` on; `crops` are its keyword arguments."""
@@ -88,14 +71,6 @@ def build_sampler(dataset, args, world, folder, start):
         return isus.CropSampler(dataset, table, **crops, **place)
     except ValueError as e:
         raise DataError(f"--sampler {mode}: {e}") from e
-
-
-def default_workers(world):
-    """Loading processes: on a GPU one for each core of its share, on a CPU one, for the network
-    needs the others."""
-    if world.device.type == "cpu":
-        return 1
-    return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # --- The loop ---------------------------------------------------------------------------------
@@ -129,16 +104,18 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
         poly=0.0, clip=10.0, interval=50):
     """Trains the model stage by stage -> seconds spent.
 
-    batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds) writes a
-    checkpoint, every ten intervals. `begin` is the checkpoint to go on from. `held_out(step,
-    seconds)` is called after each step; it evaluates now and then. lr_body is the rate of the
-    backbone, for methods whose `stages` has one; clip bounds the norm of the gradient.
+    batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds, interval)
+    writes a checkpoint: every ten intervals, a minute after the last, and before a signal ends the
+    run; `interval` is what the interval has summed so far. `begin` is the checkpoint to go on from.
+    `held_out(step, seconds)` is called after each step; it evaluates now and then. lr_body is the
+    rate of the backbone, for methods whose `stages` has one; clip bounds the gradient's norm.
     A step draws `accumulate` parts of a batch one after the other and adds up their gradients.
     A step that logs nothing does not wait for the GPU: losses are summed where they are computed,
-    and read, and tested for NaN, once an interval."""
+    and read, and tested for NaN, once an interval and before a checkpoint."""
     plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms)
-    log = runs.Log(folder / "log.csv", begin["step"] if begin else 0) if world.rank == 0 else None
-    done, first, clock = begin["step"] if begin else 0, 0, begin["seconds"] if begin else 0.0
+    begun, clock = (begin["step"], begin["seconds"]) if begin else (0, 0.0)
+    log = runs.Log(folder / "log.csv", begun) if world.rank == 0 else None
+    done, first = begun, 0
     for name, optimiser, length in model.stages(plan):
         last = first + length                                  # this stage: steps first..last - 1
         if done >= last and last < steps:
@@ -149,12 +126,15 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
             p.requires_grad_(id(p) in trained)
         trained = [p for p in model.parameters() if p.requires_grad]
         rates = [group["lr"] for group in optimiser.param_groups]
-        if begin and begin["step"] > first:
+        sums, count, tick = {}, 0, time.time()
+        if begin and begun > first:
             optimiser.load_state_dict(begin["optimiser"])
+            sums, count, spent = begin["interval"]
+            sums, tick = {k: v.to(world.device) for k, v in sums.items()}, tick - spent
         network = Losses(model)
         if world.size > 1:
             network = nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
-        sums, count, tick = {}, 0, time.time()
+        good = count                                           # steps with a finite gradient
         while done < last:
             model.train()
             factor = rate(done - first, length, warmup, drops, poly)
@@ -172,19 +152,21 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
                     (total / accumulate).backward()
                 for key, value in (*losses.items(), ("total", total)):
                     sums[key] = sums.get(key, 0) + value.detach() / accumulate
-            nn.utils.clip_grad_norm_(trained, clip)
+            norm = nn.utils.clip_grad_norm_(trained, clip)
             optimiser.step()
-            done, count = done + 1, count + 1
-            if done % interval == 0 or done == steps:
+            done, count, good = done + 1, count + 1, good + torch.isfinite(norm)
+            logs = done % interval == 0 or done == steps
+            saves, number = world.due(logs)
+            saves = saves or done % (10 * interval) == 0 or done == steps
+            if logs or saves:
                 means = {k: v.item() / count for k, v in sums.items()}
                 bad = [k for k, v in means.items() if not math.isfinite(v)]
-                if bad:
-                    raise DataError(
-                        f"the loss is not finite between steps {done - count} and {done} "
-                        f"({', '.join(bad)}): lower fit.lr or fit.clip; {folder} keeps the "
-                        "checkpoint before, if one was written")
+                if bad or good < count:
+                    wrong = min(done - count + int(good) + 1, done)
+                    raise DataError(runs.not_finite(world, bad, wrong, begun=begun))
+            if logs:
                 each = (time.time() - tick) / count
-                clock, sums, count = clock + time.time() - tick, {}, 0
+                clock, sums, count, good = clock + time.time() - tick, {}, 0, 0
                 if log:
                     log.add(done, means, optimiser.param_groups[0]["lr"], batch / each)
                 minutes, seconds = divmod(round(each * (steps - done)), 60)
@@ -193,8 +175,10 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
                           + f"  {batch / each:.1f} img/s  {world.memory():.1f} GiB  "
                           f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
                 tick = time.time()
-            if done % (10 * interval) == 0 or done == steps:
-                save(optimiser, done, clock)
+            if saves:
+                save(optimiser, done, clock, (sums, count, time.time() - tick))
+            if number:
+                raise folders.Stopped(folders.how_to_go_on(folder), number)
             if held_out and held_out(done, clock):
                 tick = time.time()                             # evaluation is no training time
         first = last
@@ -232,17 +216,18 @@ def train(args, world, folder, state=None):
               f"{'bf16' if world.bf16 else 'float32'}, into {folder}")
     sampler = build_sampler(dataset, args, world, folder, start=state["step"] if state else 0)
     loader = DataLoader(sampler, batch_size=None, num_workers=args["workers"],
-                        pin_memory=world.device.type == "cuda", generator=torch.Generator())
-    folder.mkdir(parents=True, exist_ok=True)                  # a run that cannot start leaves none
+                        pin_memory=world.device.type == "cuda", generator=torch.Generator(),
+                        worker_init_fn=runs.leave_signals)
 
-    def save(optimiser, step, seconds):
+    def save(optimiser, step, seconds, interval):
         rng = world.gather(runs.random_state(world.device))
         if world.rank == 0:
             runs.save_checkpoint(folder / "last.pt", {
                 "model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step,
-                "seconds": seconds, "rng": rng, "settings": args,
+                "seconds": seconds, "interval": interval, "rng": rng, "settings": args,
                 "categories": [[c.name, bool(c.isthing), list(c.colour)]
                                for c in dataset.categories]})
+        world.saved = time.monotonic()
 
     def test(split, into, seconds=0.0, quiet=False):
         about = dict(seed=args["seed"], split=split, minutes=seconds / 60,
@@ -260,7 +245,8 @@ def train(args, world, folder, state=None):
             evaluate.add_to_curve(folder / "curve.csv", step, seconds, result)
         return True
 
-    seconds = fit(model, iter(loader), world, folder, save, state, held_out, **args["fit"])
+    with world.heed_signals():
+        seconds = fit(model, iter(loader), world, folder, save, state, held_out, **args["fit"])
     if world.rank == 0:
         runs.draw_curves(folder)
     return test("test", folder, seconds)
@@ -275,19 +261,20 @@ def parse(argv):
     p.add_argument("--train-split", help="its training part, if not the official one")
     p.add_argument("--eval-split", help="its evaluation part, if not the official one")
     p.add_argument("--cache", metavar="DIR", help="keep its decoded training images there")
-    p.add_argument("--images", type=int, default=0, help="toy images to train on")
-    p.add_argument("--eval-images", type=int, default=0, help="images to evaluate on, 0: all")
+    p.add_argument("--images", type=int, help="toy images to train on")
+    p.add_argument("--eval-images", type=int, help="images to evaluate on, 0: all")
     p.add_argument("--method", choices=list(methods.METHODS), help="default: seamless; on cells "
                    "adaptis, on parking ibs")
     p.add_argument("--box-loss", choices=list(methods.LOSSES["box_loss"]), help="of seamless")
     p.add_argument("--sampler", choices=SAMPLERS, help="which crops to train on")
     p.add_argument("--steps", type=int, help="length of the training")
-    p.add_argument("--eval-every", type=int, default=0, help="steps between evaluations on the val "
+    p.add_argument("--eval-every", type=int, help="steps between evaluations on the val "
                    "split, written to curve.csv; 0: none")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="SECTION.NAME=VALUE",
                    help="any setting of body, model, crops, fit")
     p.add_argument("--show", action="store_true", help="print all settings and stop")
-    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; with --out "
+                   "on a copy in another folder")
     p.add_argument("--eval", metavar="RUN/last.pt", help="evaluate on full images")
     p.add_argument("--predict", nargs="+", metavar=("RUN/last.pt", "IMAGE"), help="segment images")
     p.add_argument("--out", help="the run's folder; default: the first free runs/DATASET-METHOD-N")
@@ -295,82 +282,88 @@ def parse(argv):
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
     p.add_argument("--workers", type=int, help="loading processes; default: from the cores")
-    p.add_argument("--threads", type=int, default=0, help="of the CPU, 0: all")
+    p.add_argument("--threads", type=int, help="of the CPU, 0: all")
     return p.parse_args(argv)
 
 
-def arguments(flags, state=None, path=""):
+def arguments(flags, state=None, path="", job="training"):
     """Flags, recipe or checkpoint, and signatures -> (all settings of the run, their origins)."""
     stored = state["settings"] if state else {}
-    for key in ("dataset", "method"):
-        if state and getattr(flags, key) not in (None, stored[key]):
-            raise DataError(f"{path} was trained with --{key} {stored[key]}, not "
-                            f"{getattr(flags, key)}: leave --{key} away or train anew")
+    settings.check_same_run(flags, stored, path)
     dataset = stored.get("dataset") or flags.dataset or "street"
     own = {"cells": "adaptis", "parking": "ibs"}.get(dataset, "seamless")
     method = stored.get("method") or flags.method or own
-    if method not in methods.METHODS:
-        raise DataError(f"{path} is of --method {method}, which is none of "
-                        f"{', '.join(methods.METHODS)}: register it first, as in README's example")
+    settings.check_flags(flags, job, dataset, toy=dataset in worlds.TOYS)
     explicit = {("model", "box_loss"): flags.box_loss, ("crops", "mode"): flags.sampler,
                 ("fit", "steps"): flags.steps}
     explicit = {k: v for k, v in explicit.items() if v is not None}
     explicit |= settings.parse_set(flags.set)
     values, origin = settings.resolve(dataset, method, fit, explicit, stored)
-    plain = dict(dataset=dataset, method=method, root=flags.root, train_split=flags.train_split,
-                 eval_split=flags.eval_split, images=flags.images, eval_images=flags.eval_images,
-                 seed=flags.seed, eval_every=flags.eval_every, cache=flags.cache)
-    given = {k: v for k, v in plain.items() if v not in (None, 0)}
-    plain = {**plain, "seed": 0, **{k: stored[k] for k in plain if k in stored}, **given}
-    return {**plain, **values}, origin
+    plain = dict(root=None, train_split=None, eval_split=None, cache=None, images=0, eval_images=0,
+                 seed=0, eval_every=0)
+    for key, default in plain.items():
+        given = getattr(flags, key)
+        plain[key] = stored.get(key, default) if given is None else given
+    return {"dataset": dataset, "method": method, **plain, **values}, origin
 
 
 def run(flags):
     """Decides what is asked for and does it -> metrics, where it evaluates."""
-    path = flags.eval or (flags.predict or [None])[0]
-    path = Path(flags.resume, "last.pt") if flags.resume else path and Path(path)
-    if sum(x is not None for x in (flags.eval, flags.predict, flags.resume)) > 1:
+    jobs = {"--eval": flags.eval, "--predict": flags.predict and flags.predict[0],
+            "--resume": flags.resume}
+    asked = [job for job, path in jobs.items() if path is not None]
+    if len(asked) > 1:
         raise DataError("--eval, --predict and --resume: ask for one of them at a time")
+    path = runs.checkpoint_path(jobs[asked[0]]) if asked else None
     state = runs.load_checkpoint(path) if path else None
-    args, origin = arguments(flags, state, path)
+    job = "training" if flags.resume or not asked else asked[0]
+    args, origin = arguments(flags, state, path, job=job)
     if flags.show:
         return print(settings.show(args, origin))
     size, extra = args["crops"]["size"], args["body"].get("extra", 0)
     smallest = math.ceil(max(size) / (32 << extra)) if size else 2
-    world = runs.World(flags.device, flags.precision, flags.threads, smallest)
-    args["workers"] = default_workers(world) if flags.workers is None else flags.workers
+    world = runs.World(flags.device, flags.precision, flags.threads or 0, smallest)
+    args["workers"] = world.workers() if flags.workers is None else flags.workers
     try:
         if flags.predict:
+            out = folders.make_folder(Path(flags.out or path.parent) / "predict")
             categories = [Category(*c) for c in state["categories"]]
             model = build_model(args, categories, world, state, path)
-            return predict.predict_files(model, flags.predict[1:], categories, world,
-                                         Path(flags.out or path.parent) / "predict",
+            return predict.predict_files(model, flags.predict[1:], categories, world, out,
                                          short_side=args["crops"]["short_side"])
         if flags.eval:
             dataset = open_dataset(args, "test")
             model = build_model(args, dataset.categories, world, state, path)
-            return evaluate.evaluate(model, dataset, world, Path(flags.out or path.parent / "eval"),
+            out = folders.make_folder(flags.out or path.parent / "eval")
+            return evaluate.evaluate(model, dataset, world, out, images=args["eval_images"],
                                      short_side=args["crops"]["short_side"],
-                                     images=args["eval_images"], workers=args["workers"])
-        name = f"{args['dataset']}-{args['method']}"
-        folder = Path(flags.resume or flags.out or world.share(runs.new_folder(name)))
-        if not flags.resume and (folder / "last.pt").exists():
-            raise DataError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
-                            "give another --out")
-        return train(args, world, folder, state)
+                                     workers=args["workers"])
+        return start(args, world, state, flags.out, source=path and path.parent)
     finally:
         world.close()
 
 
+def start(args, world, state, out, source):
+    """Takes the run's folder and trains there; from `source` on, if that is a run's folder."""
+    if world.wrong_gradients:
+        raise DataError("--precision bf16: a CPU gives wrong gradients where the coarsest feature "
+                        "map has one pixel; take --precision float32 or a larger crops.size")
+    if state and args["fit"]["steps"] < state["step"]:
+        raise DataError(f"--steps {args['fit']['steps']}: the run in {source} has done "
+                        f"{state['step']} already; give more steps, or --eval {source}")
+    first, new = world.rank == 0, not (source or out)
+    folder = Path(out or source or world.share(
+        first and folders.new_folder(f"{args['dataset']}-{args['method']}")))
+    with folders.taken(folder, source, new) if first else nullcontext():
+        if source and first and not folder.samefile(source):
+            folders.branch(source, folder)
+        return train(args, world, folder, state)
+
+
 def main(argv=None):
-    """Exit code 2 and one sentence for what the user can mend."""
-    try:
+    """Exit code 2 and one sentence for what the user can mend, 130 after Ctrl-C."""
+    with ends.one_sentence("train.py"):
         run(parse(argv))
-    except DataError as e:
-        # An error of a loading process arrives inside a traceback; its last line is the sentence.
-        text = str(e).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print("train.py:", text, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,15 @@ def build_body(settings):
 
     weights: "none", "imagenet" (through torchvision, which needs a network once) or a file."""
     settings = dict(settings)
-    weights = settings.pop("weights", None)
-    if weights == "imagenet":
-        weights = "IMAGENET1K_V1"
-    elif weights in (None, "none"):
+    weights, name = settings.pop("weights", None), settings.get("name", "resnet50")
+    if weights in (None, "none"):
         weights = None
+    elif name in ("tiny", "small"):
+        raise DataError(f"--set body.weights={weights}: there are no weights for body.name={name}; "
+                        "take body.weights=none or a ResNet, as body.name=resnet18")
     else:
-        weights = load_file(weights)
-    name = settings.get("name", "resnet50")
+        weights = "IMAGENET1K_V1" if weights == "imagenet" else load_file(
+            weights, "give none, imagenet or a file of weights that torchvision names")
     try:
         return seamless.resnet_fpn(weights=weights, **settings)
     except OSError as e:

@@ -4,18 +4,25 @@ A run's folder holds last.pt (the checkpoint), log.csv (losses of each interval)
 metrics.json, predictions.png and the predictions in COCO panoptic format.
 """
 import csv
+import io
 import json
 import math
 import os
 import platform
 import resource
-from contextlib import nullcontext
+import signal
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import DataError
+from data import Category, DataError
+from lab.folders import write_file
+
+
+MINUTE = 60.0  # seconds of training between two checkpoints, at most
 
 
 class World:
@@ -43,6 +50,8 @@ class World:
         supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         fast = cuda or (supported() and smallest_map > 1)
         self.bf16 = precision == "bf16" or (precision == "auto" and fast)
+        self.wrong_gradients = self.bf16 and not cuda and smallest_map < 2
+        self.signal, self.saved = 0, time.monotonic()          # which one came; the last checkpoint
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -86,6 +95,39 @@ class World:
             if self.size > 1 and buffer.is_floating_point():
                 dist.broadcast(buffer, 0)
 
+    def workers(self):
+        """Loading processes by default: on a GPU one for each core of its share, on a CPU one, for
+        the network needs the others."""
+        if self.device.type == "cpu":
+            return 1
+        return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    @contextmanager
+    def heed_signals(self):
+        """Inside, Ctrl-C and SIGTERM only leave a note, which `due` reads after a step. A second
+        Ctrl-C stops a single process at once. Several get the signal twice from torchrun."""
+        def note(number, frame):
+            self.signal = number
+            if self.size == 1:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def due(self, at_interval):
+        """Must the run be saved after this step? -> (yes or no, the signal that ends it or 0).
+
+        Yes a minute after the last checkpoint, and when a signal came. Several processes agree on
+        it, so they ask only at the end of an interval."""
+        if self.size > 1 and not at_interval:
+            return False, 0
+        late = time.monotonic() - self.saved > MINUTE
+        late, number = self.share((late, self.signal))
+        return late or number > 0, number
+
     def say(self, *text):
         if self.rank == 0:
             print(*text, flush=True)
@@ -95,22 +137,38 @@ class World:
             dist.destroy_process_group()
 
 
+def leave_signals(worker):
+    """Lets a loading process ignore Ctrl-C, which reaches it too: the run still needs its crops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 # --- Checkpoints ------------------------------------------------------------------------------
 
 def save_checkpoint(path, state):
-    """Writes beside the file, then moves it into place: a run that is killed keeps the old one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Writes a checkpoint. It is made in memory first: torch's own writer says of a full disk that
+    it has an internal error."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_file(path, content.getbuffer())
 
 
-def load_file(path):
+def checkpoint_path(path):
+    """The last.pt that --resume, --eval or --predict mean: a run's folder or the file itself."""
+    path = Path(path)
+    if path.name == "last.pt" and not path.exists() and path.parent.is_dir():
+        path = path.parent
+    if not path.is_dir():
+        return path
+    if (path / "log.csv").exists() and not (path / "last.pt").exists():
+        raise DataError(f"{path} holds a run that was stopped before its first checkpoint: delete "
+                        "the folder and train again")
+    return path / "last.pt"
+
+
+def load_file(path, remedy="give a run's folder or its last.pt"):
     """torch.load for tensors and plain values only, with one clear sentence where that fails."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; give the last.pt of a run's folder")
+        raise DataError(f"{path}: no such file; {remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
@@ -121,9 +179,18 @@ def load_file(path):
 def load_checkpoint(path):
     """The checkpoint in that file: model, optimiser, step, seconds, rng, settings, categories."""
     state = load_file(path)
-    needed = {"model", "optimiser", "step", "rng", "settings", "categories"}
-    if not (isinstance(state, dict) and needed <= state.keys()):
-        raise DataError(f"{path} is no checkpoint of train.py; give the last.pt of a run's folder")
+    try:
+        settings = state["settings"]
+        parts = [*(settings[k] for k in ("body", "model", "crops", "fit")), state["model"],
+                 state["optimiser"], *state["rng"]]
+        fine = (all(isinstance(p, dict) for p in parts) and isinstance(settings["method"], str)
+                and isinstance(settings["dataset"], str) and isinstance(settings["seed"], int)
+                and isinstance(settings["crops"]["mode"], str) and int(state["step"]) >= 0
+                and all(len(Category(*c).colour) == 3 for c in state["categories"]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        fine = False
+    if not fine:
+        raise DataError(f"{path} is no checkpoint of train.py; give a run's folder or its last.pt")
     return state
 
 
@@ -137,7 +204,7 @@ def restore(model, state, categories, path):
                         "its own data set")
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, AttributeError) as e:
         raise DataError(f"{path} holds another network than these settings ask for: leave away "
                         "the flags that change body or model") from e
     return model
@@ -158,14 +225,6 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def new_folder(name):
-    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
-    n = 1
-    while Path("runs", f"{name}-{n}").exists():
-        n += 1
-    return Path("runs", f"{name}-{n}")
-
-
 def strict(value):
     """The same value with None for numbers that JSON does not have (NaN, infinities)."""
     if isinstance(value, dict):
@@ -179,26 +238,37 @@ def strict(value):
 
 def write_json(path, value):
     """Strict JSON, written beside the file and moved into place."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_file(path, (json.dumps(strict(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def not_finite(world, names, step, begun):
+    """The sentence for losses `names` that are no numbers from `step` on, with the advice that fits
+    the cause. begun: the step at which this process began."""
+    what = f"the loss is not finite from step {step} on ({', '.join(names) or 'the gradient'})"
+    if step == begun + 1:
+        why = ("no weight has changed yet, so the learning rate is not the cause: check the images "
+               "and the weights that the run began with")
+    else:
+        why = "the training diverges: lower fit.lr or fit.clip"
+    return f"{what}; {why}" + (", or try --precision float32" if world.bf16 else "")
 
 
 # --- The log ----------------------------------------------------------------------------------
 
 class Log:
-    """log.csv: a row an interval. A resumed run drops the rows beyond its first step. A new stage
-    may bring losses of its own: the file gets more columns."""
+    """log.csv: a row an interval. A resumed run drops the rows beyond its first step, and a row
+    that a full disk cut. A new stage may bring losses of its own: the file gets more columns."""
     FIXED = ("lr", "images_per_second")
 
     def __init__(self, path, begin=0):
         self.path, self.rows, self.losses = path, [], []
         if path.exists() and begin:
             with open(path) as f:
-                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) <= begin]
+                rows = [r for r in csv.DictReader(f) if None not in r.values()]
+            self.rows = [r for r in rows if int(r["step"]) <= begin]
             fixed = {"step", *self.FIXED}
             self.losses = [k for k in (self.rows[0] if self.rows else {}) if k not in fixed]
-        self.write()
+            self.write()
 
     def add(self, step, losses, lr, speed):
         row = {"step": step, **{k: f"{v:.6g}" for k, v in losses.items()}, "lr": f"{lr:.6g}",

@@ -10,10 +10,20 @@ import ibs
 import isus
 import seamless
 from data import DataError
-from lab import methods
+from lab import methods, ranges, worlds
 from lab.recipes import RECIPES
 
 SECTIONS = ("body", "model", "crops", "fit")
+FLAGS = {("model", "box_loss"): "--box-loss", ("crops", "mode"): "--sampler",
+         ("fit", "steps"): "--steps"}                          # settings with a flag of their own
+# What a job reads beside --set, --show, --out, --device, --precision and --threads.
+JOBS = {
+    "training": {"dataset", "method", "root", "train_split", "eval_split", "images", "eval_images",
+                 "eval_every", "box_loss", "sampler", "steps", "seed", "workers", "resume",
+                 "cache"},
+    "--eval": {"eval", "dataset", "method", "root", "eval_split", "eval_images", "seed", "workers"},
+    "--predict": {"predict", "dataset", "method", "seed"},
+}
 # What train.py itself gives to a sampler, by its flags, its process and fit.batch.
 GIVEN = {"index", "batch", "seed", "start", "rank", "world", "self", "dataset", "levels"}
 
@@ -50,23 +60,76 @@ def parse_set(pairs):
     return found
 
 
-def check_type(name, value, like):
-    """Refuses text where a number is expected, and the like. `like` is the value it replaces."""
-    numbers = (int, float)
-    if like is None or value is None:
-        return
-    fine = isinstance(value, type(like))
-    if isinstance(like, bool) or isinstance(value, bool):
-        fine = isinstance(like, bool) and isinstance(value, bool)
-    elif isinstance(like, numbers):
-        fine = isinstance(value, numbers)
-        fine = fine and not (isinstance(like, int) and value != int(value))
-    elif isinstance(like, (tuple, list)):
-        fine = isinstance(value, (tuple, list)) and all(isinstance(v, numbers) for v in value)
-    elif callable(like):
-        fine = isinstance(value, str)
-    if not fine:
-        raise DataError(f"--set {name}={value!r}: it must be of the type of {like!r}")
+def flag_of(section, key):
+    """How the command line names a setting."""
+    flag, name = FLAGS.get((section, key)), f"{section}.{key}"
+    return f"{flag} ({name})" if flag else f"--set {name}"
+
+
+def check_same_run(flags, stored, path):
+    """Refuses flags that contradict the settings `stored` in a checkpoint, and unknown names."""
+    for key, known in (("dataset", [*worlds.TOYS, *worlds.OFFICIAL]), ("method", methods.METHODS),
+                       ("seed", None)):
+        given = getattr(flags, key)
+        if stored and given not in (None, stored[key]):
+            raise DataError(f"{path} was trained with --{key} {stored[key]}, not {given}: leave "
+                            f"--{key} away or train anew")
+        if stored and known and stored[key] not in known:
+            raise DataError(f"{path} is of --{key} {stored[key]}, which is none of "
+                            f"{', '.join(known)}: register it first, as in README's example")
+
+
+def check_flags(flags, job, dataset, toy):
+    """Refuses numbers out of their range, and flags that this job or data set does not read."""
+    every = set.union(*JOBS.values())
+    of_data = ("root", "train_split", "eval_split", "cache") if toy else ("images",)
+    for name, value in vars(flags).items():
+        if value in (None, [], False):
+            continue
+        why = ranges.wrong(name, value) if name in ranges.RANGES else ""
+        flag = "--" + name.replace("_", "-")
+        if why:
+            raise DataError(f"{flag} {value}: {why}")
+        reader = job if name in every - JOBS[job] else f"--dataset {dataset}"
+        if name in every - JOBS[job] or name in of_data:
+            read = ", ".join("--" + n.replace("_", "-") for n in sorted(JOBS[job] - {*of_data}))
+            raise DataError(f"{flag}: {reader} does not read it; {job} on {dataset} reads {read}")
+    for section, key in parse_set(flags.set) if job != "training" else ():
+        if section == "fit" or section == "crops" and key != "short_side":
+            raise DataError(f"--set {section}.{key}: {job} does not read it; it reads body, model "
+                            "and crops.short_side")
+
+
+def unread(values, method):
+    """Settings that exist but that nothing reads, given the others -> {(section, name): why}."""
+    mode, found = values["crops"]["mode"], {}
+    if mode != "isus":
+        found |= {("crops", key): f"--sampler {mode} does not read it; isus does"
+                  for key in ("scale_things", "canonical")}
+    if mode == "full":
+        found["crops", "size"] = "--sampler full takes whole images; the other samplers read it"
+    if method in ("seamless", "affinity", "ibs", "maskrcnn"):
+        found["fit", "lr_body"] = f"{method} has one rate, fit.lr; adaptis and queries have two"
+    if method == "adaptis":
+        found["fit", "decay_norms"] = "adaptis does not read it; the other methods do"
+    if values["fit"]["poly"]:
+        found["fit", "drops"] = "with fit.poly the rate falls smoothly; set fit.poly=0 too"
+    return found
+
+
+def check_values(values, known, origin, method):
+    """Refuses values out of their range and settings of the command line that nothing reads."""
+    ignored = unread(values, method)
+    for section in SECTIONS:
+        for key, value in values[section].items():
+            name, where = f"{section}.{key}", origin.get((section, key), "recipe")
+            flag = flag_of(section, key)
+            why = ranges.wrong(name, value, known[section].get(key), method=method)
+            if why:
+                label = flag if where == "command line" else f"{where}: {name}"
+                raise DataError(f"{label} = {value!r}: {why}")
+            if where == "command line" and (section, key) in ignored:
+                raise DataError(f"{flag}: {ignored[section, key]}")
 
 
 def resolve(dataset, method, fit, explicit, stored=None):
@@ -94,19 +157,19 @@ def resolve(dataset, method, fit, explicit, stored=None):
                 values[section][key] = value
                 origin[section, key] = "checkpoint" if stored else "recipe"
             elif mode == own_mode:
-                raise KeyError(f"the recipe of {method} on {dataset} sets {section}.{key}, which "
-                               "does not exist")
+                raise DataError(f"the {'checkpoint' if stored else 'recipe'} of {method} on "
+                                f"{dataset} sets {section}.{key}, which does not exist: remove it")
     for (section, key), value in explicit.items():
         if key not in known[section]:
-            raise DataError(f"--set {section}.{key}: {method} on {dataset} has no such setting; "
-                            f"{section} has {', '.join(sorted(known[section]))}")
-        check_type(f"{section}.{key}", value, values[section][key])
+            raise DataError(f"{flag_of(section, key)}: {method} on {dataset} has no such setting; {section} has "
+                            f"{', '.join(sorted(known[section]))}")
         values[section][key] = value
         origin[section, key] = "command line"
     if values["body"].get("weights") in (None, "none"):        # from scratch nothing is frozen
         for key, value in (("frozen", 0), ("frozen_norm", False)):
             if key in values["body"] and ("body", key) not in explicit:
                 values["body"][key] = value
+    check_values(values, known, origin, method=method)
     return values, origin
 
 

@@ -1,10 +1,12 @@
-"""The toy worlds and their three splits. A split is a seed: no image is in two of them."""
+"""The data sets of train.py by name. Toy worlds have three splits, each by its seed: no image is in
+two of them. Real data is read in its official layout, see lab/readers.py."""
 import importlib
 
 import torch
 from torch.utils.data import DataLoader
 
 from data import DataError, Sample
+from lab import cache, readers
 
 SEEDS = {"train": 1, "val": 0, "test": 2}
 TOYS = {  # module, class, and how many images each split has by default
@@ -12,6 +14,27 @@ TOYS = {  # module, class, and how many images each split has by default
     "cells": ("lab.cells", "OverlappingCells", {"train": 10000, "val": 200, "test": 200}),
     "parking": ("lab.parking", "Parking", {"train": 400, "val": 100, "test": 100}),
 }
+
+OFFICIAL = {"cityscapes": ("train", "val"), "idd": ("train", "val"),      # training, evaluation
+            "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
+
+
+def open_dataset(args, split):
+    """The data set of `args`: split is "train", "val" or "test". Real data has no public test
+    labels, so both "val" and "test" are its official validation split there."""
+    name = args["dataset"]
+    if name in TOYS:
+        images = args["images"] if split == "train" else args["eval_images"]
+        return world(name, split, images)
+    if not args["root"]:
+        raise DataError(f"--dataset {name} needs --root DIR, the folder of the data set")
+    folder = OFFICIAL[name][0 if split == "train" else 1]
+    folder = args["train_split" if split == "train" else "eval_split"] or folder
+    if name in ("cityscapes", "idd"):
+        dataset = readers.Cityscapes(args["root"], folder, table=name)
+    else:
+        dataset = readers.CocoPanoptic(args["root"], folder)
+    return cache.Decoded(dataset, args["cache"]) if args["cache"] and split == "train" else dataset
 
 
 def world(name, split, images=0):

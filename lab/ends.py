@@ -1,0 +1,44 @@
+"""How a program ends: one clear sentence and exit code 2 for what its user can mend, 130 after
+Ctrl-C, never a traceback."""
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from data import DataError
+from lab.folders import Stopped
+
+
+@contextmanager
+def one_sentence(program):
+    """Turns the errors inside into `PROGRAM: sentence` on stderr and an exit code."""
+    code = 2
+    try:
+        yield
+        return
+    except DataError as e:
+        # An error of a loading process arrives inside a traceback; its last line is the sentence.
+        text = str(e).strip().splitlines()[-1].removeprefix("data.DataError: ")
+    except OSError as e:
+        text = f"{e.filename or 'a file'}: {e.strerror or e}; correct the path or make room there"
+    except torch.OutOfMemoryError:
+        text = "too little GPU memory: lower fit.batch or crops.size, or raise fit.accumulate"
+    except Stopped as e:
+        text, code = str(e), 128 + e.number
+    except KeyboardInterrupt:
+        text, code = "stopped", 130
+    print(f"{program}:", text, file=sys.stderr)
+    tell_torchrun(text)
+    sys.exit(code)
+
+
+def tell_torchrun(text):
+    """Writes the sentence where torchrun looks for the cause, so that its own report names it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": {
+            "py_callstack": text, "timestamp": str(int(time.time()))}}}))
