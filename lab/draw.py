@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def pyplot():
@@ -52,9 +52,22 @@ def colours_of(segment_categories, categories):
     return torch.tensor(palette)
 
 
+def places(segments, segment_categories, categories):
+    """Where a name may stand: (x, y, name) of each segment of more than a hundredth of the image,
+    at its pixel nearest to the mean of its pixels."""
+    found = []
+    for k, c in enumerate(segment_categories, 1):
+        pixels = torch.nonzero(segments == k).float()
+        if len(pixels) > .01 * segments.numel():
+            far = (pixels - pixels.mean(0)).square().sum(1)
+            y, x = pixels[far.argmin()].tolist()
+            found.append((x, y, categories[c].name))
+    return found
+
+
 def draw(image, segments, segment_categories, categories, *, ax=None, names=True):
-    """Coloured segments over the image -> uint8 [H, W, 3]; shown in `ax`, if given, with names on
-    large segments."""
+    """Coloured segments over the image, with names on large ones -> uint8 [H, W, 3]. Shown in `ax`
+    if it is given; the names are the axes' then, else pixels."""
     segments = torch.as_tensor(segments).cpu()
     segment_categories = torch.as_tensor(segment_categories).tolist()
     below = F.pad(segments[1:] != segments[:-1], (0, 0, 0, 1))
@@ -62,17 +75,22 @@ def draw(image, segments, segment_categories, categories, *, ax=None, names=True
     grey = torch.as_tensor(image).cpu().float().mean(0)[..., None]
     out = .7 * colours_of(segment_categories, categories)[segments] + .3 * 255 * grey
     out = torch.where((below | right)[..., None], 255., out).clamp(0, 255).to(torch.uint8).numpy()
+    named = places(segments, segment_categories, categories) if names else []
     if ax is not None:
         ax.imshow(out)
         ax.axis("off")
-        for k, c in enumerate(segment_categories if names else [], 1):
-            pixels = torch.nonzero(segments == k).float()
-            if len(pixels) > .01 * segments.numel():           # at the pixel nearest to the mean
-                far = (pixels - pixels.mean(0)).square().sum(1)
-                y, x = pixels[far.argmin()].tolist()
-                ax.text(x, y, categories[c].name, color="w", size=7, ha="center", va="center",
-                        clip_on=True, bbox={"facecolor": "k", "alpha": .4, "pad": 1, "lw": 0})
-    return out
+        for x, y, name in named:
+            ax.text(x, y, name, color="w", size=7, ha="center", va="center", clip_on=True,
+                    bbox={"facecolor": "k", "alpha": .4, "pad": 1, "lw": 0})
+        return out
+    sheet = Image.fromarray(out)
+    pen = ImageDraw.Draw(sheet)
+    for x, y, name in named:
+        x1, y1, x2, y2 = pen.textbbox((0, 0), name)
+        place = (x - (x1 + x2) / 2, y - (y1 + y2) / 2)
+        pen.rectangle(pen.textbbox(place, name), fill="black")
+        pen.text(place, name, fill="white")
+    return np.asarray(sheet)
 
 
 def show_predictions(path, shown, categories):

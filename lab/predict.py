@@ -1,36 +1,45 @@
 """Segments image files of your own: a coloured copy of each, and COCO panoptic files."""
-import matplotlib
-import matplotlib.pyplot as plt
 from pathlib import Path
+
+from PIL import Image
 
 from data import DataError
 from lab import draw, evaluate, readers
 
-matplotlib.use("Agg")
-
 
 def predict_files(model, paths, categories, world, folder, *, short_side=0):
     """Writes folder/NAME.png (segments over the image) and folder/panoptic/NAME.png with
-    folder/panoptic.json for each image file; prints what was found."""
+    folder/panoptic.json for each image file; prints what was found.
+
+    The second image of one name becomes NAME-2. An image that cannot be read is left out. DataError
+    names these when the others are done."""
     if not paths:
         raise DataError("--predict needs images after the checkpoint: --predict RUN/last.pt "
                         "image.png ...")
     model.eval()
-    folder.mkdir(parents=True, exist_ok=True)
-    annotations = []
-    for path in map(Path, paths):
-        image = readers.read_image(path)
+    paths, annotations, bad = [Path(p) for p in paths], [], []
+    taken = {p.stem.lower() for p in paths if p.resolve().parent == folder.resolve()}
+    for path in paths:
+        try:
+            image = readers.read_image(path)
+        except DataError as e:
+            bad.append(str(e).replace(readers.MISSING, "correct the path"))
+            continue
         found = evaluate.predict(model, image, short_side, world)
-        annotations.append(readers.write_annotation(folder / "panoptic", path.stem, found.segments,
+        name, n = path.stem, 1
+        while name.lower() in taken:                           # some disks ignore case
+            n += 1
+            name = f"{path.stem}-{n}"
+        taken.add(name.lower())
+        annotations.append(readers.write_annotation(folder / "panoptic", name, found.segments,
                                                     found.categories))
-        h, w = image.shape[1:]
-        fig, ax = plt.subplots(figsize=(w / 100, h / 100))
-        fig.subplots_adjust(0, 0, 1, 1)
-        draw.draw(image, found.segments, found.categories, categories, ax=ax)
-        ax.axis("off")
-        fig.savefig(folder / f"{path.stem}.png", dpi=100)
-        plt.close(fig)
+        coloured = draw.draw(image, found.segments, found.categories, categories)
+        Image.fromarray(coloured).save(folder / f"{name}.png")
         names = [categories[c].name for c in found.categories.tolist()]
         text = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing found"
-        print(f"{path}: {text} -> {folder / path.stem}.png")
-    readers.write_panoptic_json(folder / "panoptic", annotations, categories)
+        print(f"{path}: {text} -> {folder / name}.png")
+    if annotations:
+        readers.write_panoptic_json(folder / "panoptic", annotations, categories)
+    if bad:
+        done = f"{len(annotations)} of {len(paths)} images are done, in {folder}; "
+        raise DataError((done if annotations else "") + "; ".join(bad))

@@ -37,28 +37,84 @@ TABLES = {
 }
 
 
-def read_file(path, mode=None):
-    """The pixels of an image file, converted to a PIL mode if one is given, as an array."""
+LIMIT = 100_000_000  # pixels: a larger image needs more memory than networks here are made for
+MISSING = "correct the path, or unpack the data set again"
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is a warning or a traceback
+
+
+def read_file(path, convert=np.array):
+    """convert(PIL image) of an image file, its pixels as an array by default. What `convert` finds
+    wrong it raises as DataError, a sentence to which this function adds the path."""
     try:
         with Image.open(path) as image:
-            if mode and (image.mode.startswith("I;16") or image.mode in ("I", "F")):
-                raise DataError(f"{path} has pixels of mode {image.mode}, whose range is unknown: "
-                                "convert it to 8 bits a channel")
-            return np.array(ImageOps.exif_transpose(image).convert(mode) if mode else image)
-    except DataError:
-        raise
+            if image.width * image.height > LIMIT:
+                raise DataError(f"has {image.width}x{image.height} pixels, the limit is "
+                                f"{LIMIT // 10 ** 6} megapixels: shrink it or cut it into parts")
+            return convert(image)
+    except DataError as e:
+        raise DataError(f"{path} {e}") from None
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: correct the path, or unpack the data set again"
+        raise DataError(f"{path} is missing: {MISSING}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder: give the image files in it") from None
+    except Exception as e:                                     # a torn file can raise anything
+        text = " ".join(str(e).replace(f" '{path}'", "").split()) or type(e).__name__
+        raise DataError(f"{path} is no readable image ({text}): copy it again from its source"
                         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path} is no readable image ({e}): copy it again from its source"
-                        ) from None
+
+
+def as_rgb(image):
+    """A PIL image of any mode -> float32 [3, H, W] in 0..1.
+
+    Integers of n bits lie in 0..2^n - 1, float numbers in 0..1. A camera's EXIF orientation is
+    applied. Choice: transparent pixels are seen before white, as a browser shows them."""
+    tags = getattr(image, "tag_v2", {})                        # of TIFF: 258 bits, 262 white is 0
+    bits = min(tags.get(258, (16,)))
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        if bits > 16 and image.mode != "F":
+            raise DataError(f"has integers of {bits} bits, whose white is unknown: convert it to "
+                            "16 bits")
+        white = 1 if image.mode == "F" else 2 ** bits - 1
+        grey = torch.from_numpy(np.array(image).astype(np.float32))
+        if not (grey.min() >= 0 and grey.max() <= white):      # also where one of them is NaN
+            raise DataError(f"has pixels from {grey.min():g} to {grey.max():g} but they must lie "
+                            f"in 0 to {white}: rescale them")
+        grey = 1 - grey / white if tags.get(262) == 0 else grey / white
+        return grey.repeat(3, 1, 1)
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def read_image(path):
-    """Any image file of 8 bits a channel -> float32 [3, H, W] in 0..1, RGB; DataError if it is not
-    one. A camera's EXIF orientation is applied."""
-    return torch.from_numpy(read_file(path, "RGB")).permute(2, 0, 1).float() / 255
+    """An image file of any kind that Pillow reads -> float32 [3, H, W] in 0..1, RGB; of an
+    animation the first frame. DataError if it is none, or has more than LIMIT pixels."""
+    return read_file(path, as_rgb)
+
+
+def height_and_width(image):
+    """Of a PIL image as `as_rgb` turns it, without decoding it."""
+    turned = image.getexif().get(274, 1) > 4                   # 274: orientation
+    return image.size if turned else image.size[::-1]
+
+
+def as_ids(image):
+    """A PIL image with one whole number a pixel -> the array of these numbers."""
+    ids = np.array(image)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2 ** 24:
+        raise DataError(f"has pixels of mode {image.mode} where a label has an id: take the file "
+                        "of instance ids, not of colours")
+    return ids
+
+
+def as_colours(image):
+    """A PIL image -> the numbers R + 256 G + 256^2 B of its pixels."""
+    if image.mode not in ("RGB", "RGBA", "P"):
+        raise DataError(f"has pixels of mode {image.mode} where a label has colours: take the PNG "
+                        "of the panoptic annotations")
+    return np.array(image.convert("RGB")).astype(np.int64) @ [1, 256, 256 ** 2]
 
 
 class Folder:
@@ -83,8 +139,8 @@ class Folder:
         is no label."""
         if self.files[i][2] is None:
             none = torch.zeros(0, dtype=torch.long)
-            with Image.open(self.files[i][1]) as image:        # reads no more than its header
-                return torch.zeros(image.size[::-1], dtype=torch.long), none, none.bool()
+            size = read_file(self.files[i][1], height_and_width)
+            return torch.zeros(size, dtype=torch.long), none, none.bool()
         ids, rows = self.read(i)
         number, found, stuff = np.zeros(2**24, np.int64), [], {}       # pages come when touched
         for id, category, crowd in rows:
@@ -130,7 +186,7 @@ class Cityscapes(Folder):
     def read(self, i):
         """The ids of label i and its rows (id, category, crowd); see Folder."""
         label, rows = self.files[i][2], []
-        ids = read_file(label)
+        ids = read_file(label, as_ids)
         for id in np.flatnonzero(np.bincount(ids.ravel())).tolist():   # np.unique would sort
             official = id // 1000 if id >= 1000 else id
             if official not in self.known:
@@ -152,17 +208,18 @@ class CocoPanoptic(Folder):
 
     def __init__(self, root, split):
         root, self.files, self.infos, self.image_ids = Path(root), [], [], {}
-        paths = [root / f"annotations/panoptic_{split}.json",
-                 root / split / "v2.0/panoptic/panoptic_2020.json",
-                 root / split / "v1.2/panoptic/panoptic_2018.json",
-                 root / split / "panoptic/panoptic_2018.json"]
+        mapillary = [root / split / "v2.0/panoptic/panoptic_2020.json",
+                     root / split / "v1.2/panoptic/panoptic_2018.json",
+                     root / split / "panoptic/panoptic_2018.json"]
+        paths = [root / f"annotations/panoptic_{split}.json", *mapillary]
         path = next((p for p in paths if p.exists()), None)
         folder = next((f for f in (root / split / "images", root / split) if f.is_dir()), None)
+        due = mapillary[0] if folder == root / split / "images" else paths[0]
         if folder is None:
             raise DataError(f"there is no folder {root / split} of images: the root must hold it, "
                             f"and {paths[0]}")
         if path is None and not split.startswith("test"):
-            raise DataError(f"{folder} has images but there is no {paths[0]}: unpack the panoptic "
+            raise DataError(f"{folder} has images but there is no {due}: unpack the panoptic "
                             "annotations there")
         others = sorted(root.glob("annotations/panoptic_*.json"))      # a test set's categories
         source = path or next(iter(others), None)
@@ -170,45 +227,68 @@ class CocoPanoptic(Folder):
         try:
             content = json.loads(source.read_text()) if source else {"categories": []}
             self.take(content, folder, path)
-        except ValueError as e:
+        except DataError as e:
+            raise DataError(f"{source} {e}: {again}") from None
+        except (ValueError, RecursionError, OSError) as e:
             raise DataError(f"{source} is no readable JSON ({e}): {again}") from None
         except (KeyError, TypeError, AttributeError) as e:
             raise DataError(f"{source} is no panoptic JSON of COCO's format ({type(e).__name__}: "
                             f"{e}): {again}") from None
+        if not self.files:
+            raise DataError(f"{path or folder} lists no image: unpack the data set again")
 
     def take(self, content, folder, path):
         """Keeps what the JSON says. KeyError or TypeError where it lacks what the format has."""
         self.category_ids = [c["id"] for c in content["categories"]]
         self.categories = []
         for k, c in enumerate(content["categories"], 1):
-            colour = c.get("color", (91 * k % 256, 53 * k % 256, 99))
-            self.categories.append(Category(c["name"], bool(c["isthing"]), tuple(colour)))
+            colour = tuple(c.get("color", (91 * k % 256, 53 * k % 256, 99)))
+            fine = len(colour) == 3 and all(0 <= v < 256 for v in colour)
+            if not fine or c["isthing"] not in (0, 1):
+                raise DataError(f"gives the category {c['name']} the colour {colour} and isthing "
+                                f"{c['isthing']}")
+            self.categories.append(Category(str(c["name"]), bool(c["isthing"]), colour))
         if path is None:
             images = [p for p in sorted(folder.iterdir()) if p.suffix in (".jpg", ".png")]
             self.files = [(p.stem, p, None) for p in images]
             return
+        number = {id: k for k, id in enumerate(self.category_ids)}
+        if not number or len(number) < len(self.category_ids):
+            raise DataError("has no categories, or two of one id")
         images = {image["id"]: folder / image["file_name"] for image in content["images"]}
         labels = path.with_suffix("")                          # COCO's place
         if not labels.is_dir():
             labels = path.parent                               # Mapillary's
         for a in content["annotations"]:
+            if a["image_id"] not in images:
+                raise DataError(f"has labels of image {a['image_id']}, which is not among its "
+                                "images")
             image = images[a["image_id"]]
             image = image if image.exists() else image.with_suffix(".jpg")
+            rows = {}
+            for s in a["segments_info"]:
+                if s["category_id"] not in number:
+                    raise DataError(f"has a segment of category {s['category_id']} in "
+                                    f"{a['file_name']}, which is not among its categories")
+                if type(s["id"]) is not int or not 0 < s["id"] < 2 ** 24 or s["id"] in rows:
+                    raise DataError(f"has a segment of id {s['id']} in {a['file_name']}: it must "
+                                    "be a whole number from 1 to 2^24 - 1, and there once")
+                rows[s["id"]] = (number[s["category_id"]], bool(s.get("iscrowd")))
             self.files.append((image.stem, image, labels / a["file_name"]))
-            self.infos.append(a["segments_info"])
+            self.infos.append(rows)
             self.image_ids[image.stem] = a["image_id"]
+        if len(self.image_ids) < len(self.files):
+            raise DataError("has two labels of one image, or two images of one name")
 
     def read(self, i):
         """The ids of label i and its rows (id, category, crowd); see Folder."""
-        label, infos = self.files[i][2], self.infos[i]
-        official = {id: k for k, id in enumerate(self.category_ids)}
-        ids = read_file(label, "RGB").astype(np.int64) @ [1, 256, 256**2]
-        strange = set(np.unique(ids).tolist()) - {0, *(s["id"] for s in infos)}
-        strange |= {s["category_id"] for s in infos} - official.keys()
+        label, rows = self.files[i][2], self.infos[i]
+        ids = read_file(label, as_colours)
+        strange = set(np.unique(ids).tolist()) - {0, *rows}
         if strange:
-            raise DataError(f"{label} and its JSON disagree on id {min(strange)}: take both from "
-                            "the same release")
-        return ids, [(s["id"], official[s["category_id"]], bool(s.get("iscrowd"))) for s in infos]
+            raise DataError(f"{label} has the id {min(strange)}, which its JSON does not list: "
+                            "take both from the same release")
+        return ids, [(id, *row) for id, row in rows.items()]
 
 
 # --- Writers ----------------------------------------------------------------------------------

@@ -391,18 +391,6 @@ def test_two_cars_are_confused_without_supervision_and_told_apart_with_it():
 
 # --- lab: what lies outside of the crop (5.2), parking lots, the demo -------------------------
 
-def test_asking_for_outside_adds_a_row_for_each_segment_that_the_crop_does_not_show():
-    _, target = painted(*STREET)
-    more = outside.ask_outside(target, torch.tensor([0, 3, 1, 1, 1, 2]))
-    assert more.categories.tolist() == [0, 1, 1, 2, 1, 2, 3]
-    assert more.crowd.tolist() == [False] * 3 + [True] + [False] * 3
-    for name in ("boxes", "full_boxes", "truncated"):
-        old, new = getattr(target, name), getattr(more, name)
-        assert torch.equal(new[:4], old) and not new[4:].any() and new.shape == (7, 4)
-    assert len(outside.ask_outside(target, target.categories[:3]).categories) == 4
-    assert outside.ask_outside(painted()[1], torch.tensor([2])).categories.tolist() == [2]
-
-
 @claim("degeus2023", "5.2", "segments outside of the crop required a prediction", of="ask_outside")
 def test_a_network_without_the_correction_is_asked_for_all_segments_of_the_image():
     network = types.SimpleNamespace(family=types.SimpleNamespace(outside=False),

@@ -384,19 +384,6 @@ def test_a_kept_index_is_used_until_the_data_set_changes(tmp_path, capsys, chang
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_two_processes_share_the_reading(tmp_path, monkeypatch, capsys):
-    """Process 0 of 2 reads every second label. If one of the two has lost its file, both read."""
-    other = index.read_rows(Filed(tmp_path), range(1, 4, 2), 0, say=print)
-    cache = tmp_path / "new" / "index.pt"
-    use(Filed(tmp_path), cache, capsys)
-    for lost in (False, True):
-        monkeypatch.setattr(index, "gather", lambda value, _: [
-            value, not lost if isinstance(value, bool) else other])
-        dataset = Filed(tmp_path)
-        assert index_rows(index.cached_index(dataset, cache, world_size=2)) == loop_rows(dataset)
-        assert dataset.read == [0, 2] * lost
-
-
 def test_the_demo_prints_its_tables_and_writes_its_figure(tmp_path, monkeypatch, capsys):
     assert demo_isus.entropy(torch.tensor([3, 0, 3, 6])) == pytest.approx(1.5)
     monkeypatch.setattr(demo_isus, "world", lambda *_: town())

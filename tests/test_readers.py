@@ -1,15 +1,18 @@
 """The spec of lab/readers.py and lab/predict.py: data sets against tiny hand-written trees, image
 files of all modes, damage named in one sentence."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import Category, DataError, Sample, crop
+from data import Category, DataError, Prediction, Sample, crop
+from lab.predict import predict_files
 from lab.readers import (Cityscapes, CocoPanoptic, read_image, write_annotation,
                          write_coco_panoptic)
+from lab.runs import World
 from test_data import loop_box, random_sample
 
 
@@ -162,37 +165,168 @@ def test_coco_and_vistas_layouts_are_read(tmp_path, split, pngs, js, images):
     assert all(len(c.colour) == 3 and max(c.colour) < 256 for c in d.categories)
 
 
-# --- Refusals: one sentence with the file and the remedy --------------------------------------
+# --- Damage: one sentence with the file and the remedy ----------------------------------------
 
-LABEL = "gtFine/val/ulm/ulm_000000_000019_gtFine_instanceIds.png"
-JS, JPG = "annotations/panoptic_val2017.json", "val2017/0001.jpg"
-
-
-def ids(value):
-    return lambda path: save(path, np.full((4, 6), value, np.uint16))
-
-
-def replace(old, new):
-    return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
+def city_tree(root, table="cityscapes", ids=IDS, ending="gtFine_instanceIds"):
+    tree(root, ids, ending=ending)
+    return dict(read=lambda: Cityscapes(root, "val", table), root=root, labels=root / "gtFine",
+                folder=root / "leftImg8bit", image=next(root.glob("leftImg8bit/*/*/*")),
+                label=next(root.glob("gtFine/*/*/*")))
 
 
-@pytest.mark.parametrize("file, damage, words", [
-    (LABEL, lambda p: p.unlink(), [LABEL, "unpack gtFine"]),
-    (LABEL, lambda p: save(p, np.array(IDS, np.uint16).T), [LABEL, "(6, 4)", "(4, 6)"]),
-    (LABEL, ids(34), [" 34,"]), (LABEL, ids(34000), [" 34000,"]),
-    (LABEL, lambda p: p.write_bytes(b""), [LABEL, "copy it again"]),
-    (LABEL, lambda p: p.write_bytes(p.read_bytes()[:60]), [LABEL, "copy it again"]),
-    (JPG, lambda p: p.unlink(), ["0001.jpg is missing"]),
-    (JS, lambda p: p.unlink(), [JS, "unpack"]),
-    (JS, lambda p: p.write_text("["), [JS, "no readable JSON"]),
-    (JS, lambda p: p.write_text("[1]"), [JS, "no panoptic JSON"]),
-    (JS, replace(b'"images"', b'"pictures"'), [JS, "images"]),
-    (JS, replace(b'{"id": 1,', b'{"id": 9,'), ["0000.png", " 1:"]),
-    (JS, replace(b'"category_id": 0', b'"category_id": 77'), [".png", " 77:"])])
-def test_damage_is_named_in_one_sentence(tmp_path, file, damage, words):
-    tree(tmp_path, IDS)
-    coco(tmp_path)
-    damage(tmp_path / file)
+def idd_tree(root):
+    return city_tree(root, "idd", [[0, 1, 255], [4, 4000, 9001]], "gtFine_instancelevel3Ids")
+
+
+def coco_tree(root, split="val2017", labels="annotations/panoptic_val2017", images="val2017"):
+    coco(root, split)
+    labels = root / labels
+    return dict(read=lambda: CocoPanoptic(root, split), root=root, folder=root / split,
+                labels=labels, json=labels.with_suffix(".json"), label=labels / "0001.png",
+                image=root / images / "0001.jpg")
+
+
+def vistas_tree(root):
+    t = coco_tree(root, "validation", "validation/v2.0/panoptic", "validation/images")
+    t["folder"].rename(root / "images")
+    (root / "validation/v2.0").mkdir(parents=True)
+    (root / "images").rename(root / "validation/images")
+    (root / "annotations/panoptic_validation").rename(t["labels"])
+    t["json"] = t["labels"] / "panoptic_2020.json"
+    (root / "annotations/panoptic_validation.json").rename(t["json"])
+    return t
+
+
+def put(content, kind="PNG"):
+    """Replaces a file by nothing (a folder), by text or by an image; "half" of it remains."""
+    def damage(path):
+        half = path.read_bytes()[:path.stat().st_size // 2]
+        path.unlink()
+        if content is None:
+            path.mkdir()
+        elif isinstance(content, str):
+            path.write_bytes(half if content == "half" else content.encode())
+        else:
+            Image.fromarray(content).save(path, kind)
+    return damage
+
+
+def link(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def move(path):
+    path.rename(path.with_name("moved"))
+
+
+def edit(change):
+    def damage(path):
+        content = json.loads(path.read_text())
+        change(content, content["categories"][0], *content["annotations"])
+        path.write_text(json.dumps(content))
+    return "json", damage
+
+
+FILES = [
+    ("root", move, "must hold"), ("folder", move, "must hold"), ("labels", move, "unpack"),
+    ("image", put("half"), "no readable image"), ("image", put(""), "copy it again"),
+    ("image", link, "is missing"), ("image", put(None), "is a folder"),
+    ("image", put(np.zeros((5, 7), np.uint8)), "(5, 7)"), ("label", Path.unlink, "unpack"),
+    ("label", put("[]"), "copy it again"), ("label", put("half"), "no readable image"),
+    ("label", put(None), "is a folder"),
+    ("label", put(np.zeros((4, 6), np.float32), "TIFF"), "mode F")]
+LABELS = [("label", put(np.full((4, 6), 40, np.uint16)), "id 40,"),
+          ("label", put(np.full((4, 6), 40001, np.uint16)), "id 40001,"),
+          ("label", put(np.zeros((4, 6, 3), np.uint8)), "mode RGB")]
+JSON = [
+    ("json", Path.unlink, "unpack"), ("json", put("["), "no readable JSON"),
+    ("json", put("[1]"), "no panoptic JSON"), ("json", put(None), "no readable JSON"),
+    *((*edit(lambda c, *_, k=k: c.pop(k)), k) for k in ("images", "annotations", "categories")),
+    *((*edit(lambda c, first, *_, k=k: first.pop(k)), k) for k in ("id", "name", "isthing")),
+    (*edit(lambda c, first, *_: first.update(id=1)), "two of one id"),
+    (*edit(lambda c, first, *_: first.update(isthing="no")), "isthing no"),
+    (*edit(lambda c, first, *_: first.update(color=[1, 2, 999])), "999"),
+    (*edit(lambda c, first, a, b: b.pop("segments_info")), "segments_info"),
+    (*edit(lambda c, first, a, b: b.update(image_id=9)), "image 9"),
+    (*edit(lambda c, first, a, b: b.update(a)), "two labels"),
+    (*edit(lambda c, *_: c["annotations"].clear()), "no image"),
+    (*edit(lambda c, first, a, b: b["segments_info"].pop()), "does not list"),
+    *((*edit(lambda c, first, a, b, k=k, v=v: b["segments_info"][0].update({k: v})), words)
+      for k, v, words in (("category_id", 77, "category 77"), ("id", "1", "id 1 in"),
+                          ("id", -1, "id -1"), ("id", 2, "id 2"))),
+    ("label", put(np.zeros((13, 17), np.uint8)), "mode L")]
+
+
+@pytest.mark.parametrize("build, part, damage, words", [
+    *((build, *row) for build in (city_tree, idd_tree) for row in FILES + LABELS),
+    *((build, *row) for build in (coco_tree, vistas_tree) for row in FILES + JSON)])
+def test_damage_is_named_in_one_sentence(tmp_path, build, part, damage, words):
+    t = build(tmp_path / "data")
+    assert len(list(t["read"]()))
+    damage(t[part])
     with pytest.raises(DataError) as error:
-        list(Cityscapes(tmp_path, "val") if file == LABEL else CocoPanoptic(tmp_path, "val2017"))
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+        list(t["read"]())
+    text = str(error.value)
+    assert words in text and str(tmp_path / "data") in text and "\n" not in text, text
+    assert part != "image" or t["image"].name in text
+
+
+# --- Images of your own -----------------------------------------------------------------------
+
+SEEN = [[0, 102], [153, 255]]
+GREY = np.array(SEEN, np.uint8)
+RGB = np.stack([GREY, GREY.T, 255 - GREY], -1)
+
+
+BLEND = [[255, 194], [194, 255]]                               # 255 - a (255 - v) / 255 for a = v
+
+
+@pytest.mark.parametrize("name, pixels, mode, want", [
+    ("a.png", GREY, "L", SEEN), ("a.png", GREY, "1", [[0, 0], [255, 255]]),
+    ("a.png", RGB, "P", SEEN), ("a.tif", RGB, "CMYK", SEEN),
+    ("a.png", GREY.astype(np.uint16) * 257, "I;16", SEEN),
+    ("a.tif", GREY / np.float32(255), "F", SEEN), ("a.tif", GREY * np.float32(1), "F", "0 to 255"),
+    ("a.tif", GREY * np.float32("nan"), "F", "nan"),
+    ("a.pgm", GREY.astype(np.int32) * 257, "I", SEEN), ("a.tif", GREY * 1, "I", "32 bits"),
+    ("a.png", np.dstack([GREY] * 2), "LA", BLEND), ("a.png", np.dstack([RGB, GREY]), "RGBA", BLEND),
+    ("turned.png", GREY, "L", [[153, 0], [255, 102]]), ("first.gif", GREY, "L", SEEN),
+    ("huge.png", np.zeros((10001, 10000), np.uint8), "L", "megapixels")])
+def test_images_of_all_modes_are_read_or_refused(tmp_path, name, pixels, mode, want):
+    """Their red channel. Transparent pixels are seen before white."""
+    how, image = dict(exif=Image.Exif()), Image.fromarray(pixels).convert(mode)
+    if name == "turned.png":                                   # by a quarter
+        how["exif"][274] = 6
+    if name == "first.gif":
+        how = dict(save_all=True, append_images=[Image.fromarray(255 - pixels)])
+    image.save(tmp_path / name, **how)
+    if isinstance(want, str):
+        with pytest.raises(DataError, match=f"{name} .*{want}"):
+            read_image(tmp_path / name)
+    else:
+        image = read_image(tmp_path / name)
+        assert image.dtype == torch.float32 and image.shape == (3, 2, 2)
+        assert (image[0] * 255).round().tolist() == want
+
+
+class Sky(torch.nn.Module):
+    """All is sky."""
+
+    def predict(self, image, size=None):
+        none = dict(boxes=torch.zeros(0, 4), masks=torch.zeros(0, *size).bool(),
+                    scores=torch.zeros(0), categories=torch.zeros(0).long())
+        return Prediction(torch.ones(size).long(), torch.tensor([2]), torch.ones(1), none)
+
+
+def test_predictions_of_equal_names_are_kept_apart_and_bad_images_named_at_the_end(tmp_path):
+    paths = [tmp_path / part for part in ("a/x.png", "b/bad.png", "b/x.png", "gone.png", "X.jpg")]
+    for k, path in enumerate(paths[:3] + paths[4:]):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (5 + k, 3)).save(path)
+    put("half")(paths[1])
+    with pytest.raises(DataError, match="3 of 5 .*b/bad.png is no readable .*gone.png is missing"):
+        predict_files(Sky(), paths, CATEGORIES, World("cpu"), tmp_path / "out")
+    sizes = {p.name: Image.open(p).size for p in (tmp_path / "out").glob("*.png")}
+    assert sizes == {"x.png": (5, 3), "x-2.png": (7, 3), "X-3.png": (8, 3)}
+    content = json.loads((tmp_path / "out/panoptic.json").read_text())
+    assert [a["image_id"] for a in content["annotations"]] == ["x", "x-2", "X-3"]

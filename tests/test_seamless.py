@@ -707,7 +707,7 @@ def test_one_stage_of_sgd_with_or_without_decay_of_norms():
             assert settings == [0.01 if norms or not flat else 0, 0.3, 0.9, True]
 
 
-# --- lab: the ledger, the peer, without masks, the demo ---------------------------------------
+# --- lab: the ledger, the demo ----------------------------------------------------------------
 
 @claim("porzi2019", "5.4", "51.43 M parameters, two networks 78.06 M", of="Seamless")
 def test_the_ledger_reproduces_the_papers_parameters_exactly():
@@ -724,23 +724,6 @@ def test_the_ledger_reproduces_the_papers_parameters_exactly():
     mask = 4 * 256 * 256 * 9 * 14 * 14 + 256 * 256 * 4 * 14 * 14 + 256 * 8 * 28 * 28
     assert rows["region head, masks"][2] == 100 * mask
     assert sum(row[2] for row in rows.values()) == pytest.approx(0.555e12, rel=1e-3)
-
-
-def test_boxes_only_takes_the_masks_away_and_excitation_weighs_the_channels():
-    from lab import boxes_only
-    body, maps = boxes_only.with_excitation(resnet_fpn("tiny", width=16)), []
-    last, excitation = body.stages[-1]
-    last.register_forward_hook(lambda m, x, y: maps.append(y))
-    body.fpn.register_forward_pre_hook(lambda m, x: maps.append(x[0]["3"]))
-    net = Seamless(ISTHING, body, canonical=32, anchor_scale=4, rois=32, proposals=20)
-    net.region_head = boxes_only.without_masks(net.region_head)
-    losses = net.losses(rand(2, 3, 64, 64), [street(), street()])
-    assert set(losses) == LOSSES - {"rsh_mask"} and sum(losses.values()).requires_grad
-    hidden = excitation.fc1(maps[0].mean((2, 3), keepdim=True)).relu()
-    close(maps[1], maps[0] * excitation.fc2(hidden).sigmoid())
-    found, = net.eval().detect(net.body(rand(1, 3, 64, 64)), (64, 64))
-    assert set(found) == {"boxes", "scores", "categories"} and len(found["scores"])
-    assert not any("mask" in name for name, _ in net.named_parameters())
 
 
 def test_the_parts_of_the_demo():

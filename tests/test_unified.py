@@ -15,7 +15,7 @@ import seamless
 from claims import claim
 from lab import unified
 from lab.kernels import Kernels
-from lab.masks import cross_entropy, dice, merge, segment_masks
+from lab.masks import cross_entropy, dice, merge
 from lab.queries import Queries
 
 ISTHING = torch.tensor([False, True, True, False])             # stuff 0 and 3, things 1 and 2
@@ -81,14 +81,6 @@ def entropy_of(x, y, known):
     return -(y * p.log() + (1 - y) * (1 - p).log()).sum() / max(len(y), 1)
 
 
-def test_the_truth_is_taken_at_the_centres_of_cells():
-    odd = replace(STREET, segments=(randn(0, 101, 127) * 99).long() % 6)
-    for target, stride in itertools.product((odd, *TARGETS.values()), (4, 16)):
-        cells = [-(-n // stride) for n in target.segments.shape]
-        for a, b in zip(segment_masks(target, cells), truth_by_loop(target, cells)):
-            assert torch.equal(a.double(), b)
-
-
 @pytest.mark.parametrize("function, oracle", [(dice, dice_of), (cross_entropy, entropy_of)])
 def test_losses_of_masks_are_their_formulas_over_the_known_cells(function, oracle):
     """Each mask against each truth. Extreme logits and no known cell have finite gradients."""
@@ -134,10 +126,6 @@ def test_merging_is_the_loop_over_pixels():
 
 
 # --- Kernels ------------------------------------------------------------------------------------
-
-def pyramid_of(size=SIZE, batch=1):
-    return {s: randn(s, batch, 8, -(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)}
-
 
 def levels_by_loop(target, canonical):
     """For each level {row: bump}, {row: region}, known."""
@@ -218,100 +206,7 @@ def test_losses_and_embeddings_of_kernels_are_those_of_the_loops(name, canonical
         same_gradients(found, want, [*heat, *maps, features])
 
 
-@pytest.mark.parametrize("family", [Kernels, Queries])
-@pytest.mark.parametrize("isthing", [[True] * 4, [False] * 4, ISTHING.tolist()])
-def test_degenerate_crops_and_worlds_have_finite_losses_and_gradients(family, isthing):
-    """Before, heat is 0.01 and masks are near 1/2; levels share their weights."""
-    torch.manual_seed(0)
-    net, pyramid = family(torch.tensor(isthing), 8, 16), pyramid_of()
-    if family is Kernels:
-        close(net.heat.bias.sigmoid(), torch.full((4,), 0.01))
-        assert not net.kernel.bias.any() and 0.005 < net.kernel.weight.std() < 0.015
-        first, *others = net.maps(dict.fromkeys((8, 16, 32), pyramid[8]))
-        assert all(torch.equal(a, b) for pair in others for a, b in zip(first, pair))
-    for target in TARGETS.values():
-        features = randn(1, 1, 16, *CELLS).requires_grad_()
-        losses, embeddings, _ = net.losses(pyramid, features, [target])
-        net.zero_grad()
-        sum(losses.values()).backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in [features, *net.parameters()])
-        assert losses["mask"] == 0 or len(embeddings[0])
-    assert all(v.isfinite().all() for v in net.embed(pyramid, features))
-
-
-@pytest.mark.parametrize("threshold, detections", [(0.3, 100), (0.6, 100), (0.3, 4), (0.999, 4)])
-def test_peaks_and_regions_of_inference_are_those_of_the_loops(threshold, detections):
-    """On the first image of two. So many peaks in two dimensions form chains of likenesses: a
-    kernel that has joined another absorbs no others."""
-    heat = [randn(50 + n, 2, 4, *s) * 2 for n, s in enumerate(SIZES)]
-    maps = [randn(60 + n, 2, 2, *s) for n, s in enumerate(SIZES)]
-    k = Kernels(ISTHING, 8, 24, score_threshold=threshold, detections=detections)
-    k.maps = lambda pyramid: list(zip(heat, maps))
-    peaks, groups, regions = [], [], {0: [], 3: []}
-    for h, m in zip(heat, maps):
-        p = h[0].sigmoid()
-        for c, i, j in torch.nonzero(p > threshold).tolist():
-            if not ISTHING[c]:
-                regions[c].append((p[c, i, j], m[0, :, i, j]))
-            elif p[c, i, j] == p[c, max(0, i - 1):i + 2, max(0, j - 1):j + 2].max():
-                peaks.append((p[c, i, j], c, m[0, :, i, j]))
-    for score, c, e in sorted(peaks, key=lambda peak: -peak[0])[:detections]:
-        for _, category, group in groups:
-            if category == c and F.cosine_similarity(e, group[0], dim=0) > 0.9:
-                group.append(e)
-                break
-        else:
-            groups.append((score, c, [e]))
-    groups += [(max(cells)[0], c, [e for _, e in cells]) for c, cells in regions.items() if cells]
-    for e, score, c, group in itertools.zip_longest(*k.embed({}, None), groups):
-        close(e, torch.stack(group[2]).mean(0))
-        assert score == group[0] and c == group[1]
-
-
 # --- Queries ------------------------------------------------------------------------------------
-
-def places(h, w, c):
-    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-    f = [2 * math.pi * 10000 ** (-4 * k / c) for k in range(c // 4)]
-    return torch.stack([wave(a * v) for v in (y, x) for wave in (torch.sin, torch.cos) for a in f])
-
-
-def answers_of_one(q, pyramid, features):
-    """Wired anew, for one image: pyramid {stride: [C, h, w]}, features [C, h, w]."""
-    x, place, found = q.query.weight, q.place.weight, []
-    for i, norm in enumerate([*q.norms, None]):
-        found.append((q.classifier(q.last_norm(x)), q.mask_head(q.last_norm(x))))
-        if norm:
-            level = q.inputs[i % 3](pyramid[(32, 16, 8)[i % 3]])
-            level = level + q.level.weight[i % 3][:, None, None]
-            keys, cells = ((level + p).flatten(1).T for p in (places(*level.shape[1:], 16), 0))
-            masks = torch.einsum("nc,chw->nhw", found[-1][1], features)[None]
-            hidden = F.interpolate(masks, level.shape[1:], mode="bilinear")[0].flatten(1) < 0
-            hidden[hidden.all(1)] = False                      # an empty mask hides nothing
-            x = norm[0](x + q.cross_attention[i](x + place, keys, cells, attn_mask=hidden)[0])
-            x = norm[1](x + q.self_attention[i](x + place, x + place, x)[0])
-            x = norm[2](x + q.feed_forward[i](x))
-    return found
-
-
-@torch.no_grad()
-def test_queries_attend_to_the_cells_inside_their_own_masks():
-    """Four layers on strides 32, 16, 8, 32; each image by itself."""
-    for channels, heads in ((20, 8), (6, 3)):
-        with pytest.raises(ValueError, match="must be a multiple of heads"):
-            Queries(ISTHING, 8, channels, heads=heads)
-    torch.manual_seed(0)
-    q, pyramid = Queries(ISTHING, 8, 16, queries=6, layers=4), pyramid_of((96, 160), 2)
-    features = randn(1, 2, 16, 24, 40)
-    features -= 0.6 * F.normalize(q.answer(q.query.weight)[1][:1], dim=1)[..., None, None]
-    found = q.answers(pyramid, features)
-    hidden = q.hidden_cells(found[0][1], features, (24, 40))
-    assert len(found) == 5 and 0.2 < hidden.float().mean() < 0.8 and not hidden[:, 0].all()
-    for b in range(2):
-        want = answers_of_one(q, {s: x[b] for s, x in pyramid.items()}, features[b])
-        for a, expected in zip(itertools.chain(*found), itertools.chain(*want)):
-            close(a[b], expected, atol=1e-5)
-
 
 def cheapest(logits, x, categories, masks, known):
     """[(segment, query), ...] by trying all permutations, costs in float64."""
@@ -385,19 +280,6 @@ def network(family, **how):
     return getattr(unified, family)(ISTHING, body, channels=16, **how).eval()
 
 
-@pytest.mark.parametrize("size, coordinates", [((37, 45), True), ((37, 45), False), ((1, 1), True)])
-def test_features_are_the_sum_of_all_levels_at_stride_4(size, coordinates):
-    """Coordinates are those of the centres of cells, y and x from -1 to 1."""
-    encoder, pyramid, x = unified.FeatureEncoder(8, 12, coordinates), pyramid_of(size, 2), 0
-    (h, w), place = pyramid[4].shape[2:], torch.zeros_like(pyramid[4][:, :2])
-    for (layer, norm, _), level in zip(encoder.levels, pyramid.values()):
-        x = x + F.interpolate(norm(layer(level)).clamp(min=0), (h, w), mode="bilinear")
-    for i, j in itertools.product(range(h), range(w)):
-        place[:, :, i, j] = torch.tensor([(2 * i + 1) / h - 1, (2 * j + 1) / w - 1])
-    x = encoder.out(torch.cat([x, place], 1) if coordinates else x)
-    close(encoder(pyramid), x, atol=1e-5)
-
-
 @claim("degeus2023", "4.1", "embeddings of one crop meet the features of another", of="UnifiedNet")
 @claim("degeus2023", "4.1", "it teaches embeddings and features, not categories", of="UnifiedNet")
 @pytest.mark.parametrize("family", ["kernels", "queries"])
@@ -443,22 +325,6 @@ def test_a_prediction_is_embeddings_times_features_merged(family, rows, size, st
     for mask, box in zip(masks, found.instances["boxes"].tolist()):
         ys, xs = torch.where(mask)
         assert box == ([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(ys) else [0] * 4)
-
-
-@pytest.mark.parametrize("family", ["kernels", "queries"])
-@pytest.mark.parametrize("decay_norms", [True, False])
-def test_the_optimiser_of_a_family(family, decay_norms):
-    net, queries = network(family), family == "queries"
-    net.body.stages[0].requires_grad_(False)                   # frozen
-    fit = dict(steps=7, lr=0.5, lr_body=0.25, decay=0.1, decay_norms=decay_norms)
-    ((_, optimiser, steps),) = net.stages(fit)
-    assert steps == 7 and optimiser.param_groups[0]["lr"] == 0.5
-    assert type(optimiser) is (torch.optim.AdamW if queries else torch.optim.SGD)
-    assert queries or optimiser.defaults["momentum"] == 0.9 and optimiser.defaults["nesterov"]
-    found = {p: (g["lr"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
-    assert found == {p: (0.25 if queries and n.startswith("body.stages") else 0.5,
-                         0.1 if p.ndim > 1 or decay_norms else 0.0)
-                     for n, p in net.named_parameters() if p.requires_grad}
 
 
 @claim("degeus2023", "6.4", "Acc_th, Prec_th and confusion of masks that overlap", of="Instances")
