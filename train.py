@@ -105,8 +105,8 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
     """Trains the model stage by stage -> seconds spent.
 
     batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds, interval)
-    writes a checkpoint: every ten intervals, a minute after the last, and before a signal ends the
-    run; `interval` is what the interval has summed so far. `begin` is the checkpoint to go on from.
+    writes a checkpoint: a minute after the last one, at the end, and before a signal ends the run;
+    `interval` is what the interval has summed so far. `begin` is the checkpoint to go on from.
     `held_out(step, seconds)` is called after each step; it evaluates now and then. lr_body is the
     rate of the backbone, for methods whose `stages` has one; clip bounds the gradient's norm.
     A step draws `accumulate` parts of a batch one after the other and adds up their gradients.
@@ -157,7 +157,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
             done, count, good = done + 1, count + 1, good + torch.isfinite(norm)
             logs = done % interval == 0 or done == steps
             saves, number = world.due(logs)
-            saves = saves or done % (10 * interval) == 0 or done == steps
+            saves = saves or done == steps
             if logs or saves:
                 means = {k: v.item() / count for k, v in sums.items()}
                 bad = [k for k, v in means.items() if not math.isfinite(v)]
@@ -178,7 +178,8 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
             if saves:
                 save(optimiser, done, clock, (sums, count, time.time() - tick))
             if number:
-                raise folders.Stopped(folders.how_to_go_on(folder), number)
+                text = world.share(world.rank == 0 and folders.how_to_go_on(folder))
+                raise folders.Stopped(text, number)
             if held_out and held_out(done, clock):
                 tick = time.time()                             # evaluation is no training time
         first = last

@@ -9,8 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from data import DataError
-from lab import methods, runs
+from lab import ends, folders, methods, runs
 from lab.recipes import RECIPES
 
 matplotlib.use("Agg")
@@ -58,7 +57,7 @@ def main(argv=None):
     flags = train.parse(rest)
     dataset = flags.dataset or "street"
     chosen = own.methods or [m for m in methods.METHODS if (m, dataset) in RECIPES]
-    folder = Path(own.out) if own.out else runs.new_folder(f"{dataset}-compare")
+    folder = Path(own.out) if own.out else folders.new_folder(f"{dataset}-compare")
     rows = {}
     for method in chosen:
         flags = train.parse([*rest, "--method", method, "--out", str(folder / method)])
@@ -69,7 +68,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with ends.one_sentence("lab.compare"):
         main()
-    except DataError as e:
-        raise SystemExit(f"lab.compare: {e}") from None

@@ -24,7 +24,8 @@ def one_sentence(program):
         # An error of a loading process arrives inside a traceback; its last line is the sentence.
         text = str(e).strip().splitlines()[-1].removeprefix("data.DataError: ")
     except OSError as e:
-        text = f"{e.filename or 'a file'}: {e.strerror or e}; correct the path or make room there"
+        remedy = "correct the path, or make room on the disk"
+        text = f"{e.filename}: {e.strerror}; {remedy}" if e.filename else f"{e}; {remedy}"
     except torch.OutOfMemoryError:
         text = "too little GPU memory: lower fit.batch or crops.size, or raise fit.accumulate"
     except Stopped as e:

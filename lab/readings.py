@@ -13,14 +13,13 @@ to void (appendix C). Intervals are bootstrap intervals over images, of trimmed 
 readings.json.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data import DataError, Prediction, new_numbers
-from lab import runs
+from lab import ends, runs
 from lab.ap import AveragePrecision
 from lab.evaluate import input_size
 from lab.intervals import bootstrap
@@ -150,8 +149,9 @@ def run(argv=None):
     parser.add_argument("--images", type=int, default=0, help="the first N images; 0: all")
     own, rest = parser.parse_known_args(argv)
     flags = train.parse(rest)
+    own.checkpoint = runs.checkpoint_path(own.checkpoint)
     state = runs.load_checkpoint(own.checkpoint)
-    args, _ = train.arguments(flags, state, own.checkpoint)
+    args, _ = train.arguments(flags, state, own.checkpoint, job="--eval")
     if args["method"] != "affinity":
         raise DataError(f"{own.checkpoint} is of --method {args['method']}: lab.readings compares "
                         "the readings of --method affinity")
@@ -169,11 +169,8 @@ def run(argv=None):
 
 
 def main(argv=None):
-    try:
+    with ends.one_sentence("lab.readings"):
         run(argv)
-    except DataError as e:
-        print("lab.readings:", e, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import subprocess
 from pathlib import Path
 
 from data import DataError
+from lab import ends
 from lab.intervals import paired_t
 from lab.runs import write_json
 
@@ -54,10 +55,14 @@ def difference(table, first, second):
     """A row of paired differences `first - second` with intervals, over their common seeds."""
     rows = {r["name"]: r for r in table["rows"]}
     a, b = rows[first]["seeds"], rows[second]["seeds"]
-    seeds = sorted(set(a) & set(b))
     texts = []
     for column in table["columns"]:
-        d, low, high = paired_t([a[s][column] for s in seeds], [b[s][column] for s in seeds])
+        pairs = [(a[s][column], b[s][column]) for s in sorted(set(a) & set(b))]
+        pairs = [p for p in pairs if None not in p]            # a metric without a number
+        if not pairs:
+            texts.append("")
+            continue
+        d, low, high = paired_t(*zip(*pairs))
         texts.append(f"{d:+.1f} [{low:+.1f}, {high:+.1f}]")
     return [f"**{first} - {second}**", *texts]
 
@@ -104,6 +109,8 @@ def pick(metrics, column):
     value = metrics
     for part in column.split("."):
         value = value[part]
+    if not isinstance(value, (int, float, type(None))):
+        raise TypeError(f"{column} is no number")
     return value
 
 
@@ -118,12 +125,16 @@ def add(name, rows):
     for label, pattern in rows:
         seeds, hardware = {}, table.get("hardware")
         for file in sorted(glob.glob(f"{pattern}/metrics.json")):
-            metrics = json.loads(Path(file).read_text())
-            facts = metrics["run"]
-            keys = table.get("keys", {})
-            seeds[str(facts["seed"])] = {c: pick({**metrics, **facts}, keys.get(c, c))
-                                         for c in table["columns"]}
-            hardware = facts["hardware"]
+            try:
+                metrics = json.loads(Path(file).read_text())
+                facts = metrics["run"]
+                keys = table.get("keys", {})
+                seeds[str(facts["seed"])] = {c: pick({**metrics, **facts}, keys.get(c, c))
+                                             for c in table["columns"]}
+                hardware = facts["hardware"]
+            except (ValueError, KeyError, TypeError) as e:
+                raise DataError(f"{file} is no metrics file of a run ({type(e).__name__}: {e}): "
+                                "evaluate the run again") from e
         if not seeds:
             raise DataError(f"{pattern}: no folder of a finished run; --add takes NAME, then "
                             "\"ROW=pattern of run folders\"")
@@ -142,12 +153,13 @@ def main(argv=None):
     parser.add_argument("--add", nargs="+", metavar=("NAME", "ROW=RUNS"), help="keep metrics")
     flags = parser.parse_args(argv)
     if flags.add:
-        add(flags.add[0], [row.split("=", 1) for row in flags.add[1:]])
+        rows = [row.split("=", 1) for row in flags.add[1:]]
+        if not rows or any(len(row) < 2 for row in rows):
+            raise DataError("--add takes NAME, then \"ROW=pattern of run folders\"")
+        add(flags.add[0], rows)
     (ROOT / "RESULTS.md").write_text(report())
 
 
 if __name__ == "__main__":
-    try:
+    with ends.one_sentence("lab.report"):
         main()
-    except DataError as e:
-        raise SystemExit(f"lab.report: {e}") from None

@@ -161,8 +161,8 @@ def resolve(dataset, method, fit, explicit, stored=None):
                                 f"{dataset} sets {section}.{key}, which does not exist: remove it")
     for (section, key), value in explicit.items():
         if key not in known[section]:
-            raise DataError(f"{flag_of(section, key)}: {method} on {dataset} has no such setting; {section} has "
-                            f"{', '.join(sorted(known[section]))}")
+            raise DataError(f"{flag_of(section, key)}: {method} on {dataset} has no such setting; "
+                            f"{section} has {', '.join(sorted(known[section]))}")
         values[section][key] = value
         origin[section, key] = "command line"
     if values["body"].get("weights") in (None, "none"):        # from scratch nothing is frozen

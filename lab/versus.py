@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from data import DataError
+from lab import ends
 from lab.intervals import paired_t
 
 
@@ -37,7 +38,7 @@ def read(pattern):
             metrics = json.loads(path.read_text())
             seed = metrics["run"]["seed"]
             row = flatten(metrics)
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise DataError(f"{path} is no metrics file of a run ({type(e).__name__}: {e}): "
                             "evaluate the run again") from e
         if seed in runs:
@@ -75,7 +76,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with ends.one_sentence("lab.versus"):
         main()
-    except DataError as e:
-        raise SystemExit(f"lab.versus: {e}") from None
