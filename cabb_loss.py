@@ -87,9 +87,9 @@ def check(deltas, gt_boxes, anchors, beta):
     if not 0 < beta <= 2:
         raise ValueError(f"beta = {beta} must lie in (0, 2]; detectors use 1/9 or 1")
     for name, boxes in (("gt_boxes", gt_boxes), ("anchors", anchors)):
-        if not boxes.is_cuda and (boxes[:, 2:] <= boxes[:, :2]).any():
-            raise ValueError(f"{name} hold a box that is empty or reversed: expected x1 y1 x2 y2 "
-                             "with x1 < x2 and y1 < y2")
+        if not boxes.is_cuda and not (boxes[:, 2:] > boxes[:, :2]).all():
+            raise ValueError(f"{name} hold a box that is empty or reversed, or NaN: expected x1 y1 "
+                             "x2 y2 with x1 < x2 and y1 < y2")
 
 
 def box_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):

@@ -129,12 +129,11 @@ def pyramid_level(boxes, levels=4, canonical=224, k0=3):
 
 def mask_boxes(segments, count):
     """Boxes of segments 1..count of a map int64 [H, W] -> float32 [count, 4]; absent: zeros. Two
-    tables say which rows and columns have a segment; no mask [H, W] is made for each."""
+    tables say which rows and columns have a segment; no mask [H, W] is made for each.
+    RuntimeError: an id that is not in 0..count."""
     (h, w), device = segments.shape, segments.device
-    rows = torch.zeros(count + 1, h, dtype=torch.uint8, device=device)
-    columns = torch.zeros(count + 1, w, dtype=torch.uint8, device=device)
-    rows[segments, torch.arange(h, device=device)[:, None]] = 1
-    columns[segments, torch.arange(w, device=device)] = 1
+    rows = torch.zeros(count + 1, h, dtype=torch.uint8, device=device).scatter_(0, segments.T, 1)
+    columns = torch.zeros(count + 1, w, dtype=torch.uint8, device=device).scatter_(0, segments, 1)
     first = [t.argmax(1) for t in (columns, rows)]             # argmax takes the first of equals
     last = [t.shape[1] - t.flip(1).argmax(1) for t in (columns, rows)]
     return (torch.stack(first + last, 1) * rows.amax(1)[:, None])[1:].float()
