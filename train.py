@@ -110,6 +110,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
     `held_out(step, seconds)` is called after each step; it evaluates now and then. lr_body is the
     rate of the backbone, for methods whose `stages` has one; clip bounds the gradient's norm.
     A step draws `accumulate` parts of a batch one after the other and adds up their gradients.
+    "waits" in the log is the share of time in which no batch was ready.
     A step that logs nothing does not wait for the GPU: losses are summed where they are computed,
     and read, and tested for NaN, once an interval and before a checkpoint."""
     plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms)
@@ -134,7 +135,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
         network = Losses(model)
         if world.size > 1:
             network = nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
-        good = count                                           # steps with a finite gradient
+        good, waited = count, 0.0      # steps with a finite gradient; seconds without a batch
         while done < last:
             model.train()
             factor = rate(done - first, length, warmup, drops, poly)
@@ -142,7 +143,9 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
                 group["lr"] = base * factor
             optimiser.zero_grad(set_to_none=True)
             for part in range(1, accumulate + 1):
+                waited -= time.time()
                 images, targets = next(batches)
+                waited += time.time()
                 images = images.to(world.device, memory_format=torch.channels_last,
                                    non_blocking=True)
                 with world.last(network, part == accumulate):
@@ -165,7 +168,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
                     wrong = min(done - count + int(good) + 1, done)
                     raise DataError(runs.not_finite(world, bad, wrong, begun=begun))
             if logs:
-                each = (time.time() - tick) / count
+                each, late = (time.time() - tick) / count, waited / (time.time() - tick)
                 clock, sums, count, good = clock + time.time() - tick, {}, 0, 0
                 if log:
                     log.add(done, means, optimiser.param_groups[0]["lr"], batch / each)
@@ -173,15 +176,15 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
                 world.say(f"step {done:6d}/{steps}  "
                           + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                           + f"  {batch / each:.1f} img/s  {world.memory():.1f} GiB  "
-                          f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
-                tick = time.time()
+                          f"waits {late:.0%}  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+                tick, waited = time.time(), 0.0
             if saves:
                 save(optimiser, done, clock, (sums, count, time.time() - tick))
             if number:
                 text = world.share(world.rank == 0 and folders.how_to_go_on(folder))
                 raise folders.Stopped(text, number)
             if held_out and held_out(done, clock):
-                tick = time.time()                             # evaluation is no training time
+                tick, waited = time.time(), 0.0                # evaluation is no training time
         first = last
     return clock
 
@@ -255,7 +258,7 @@ def train(args, world, folder, state=None):
 
 def parse(argv):
     """The command line -> argparse.Namespace."""
-    p = argparse.ArgumentParser(description=__doc__,
+    p = ends.Parser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=[*worlds.TOYS, *OFFICIAL], help="default: street")
     p.add_argument("--root", help="folder of a real data set, in its official layout")

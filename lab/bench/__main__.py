@@ -1,4 +1,4 @@
-"""Measures speed and memory: python -m lab.bench [pq cabb seamless isus adaptis affinity ibs]
+"""Measures speed and memory: python -m lab.bench [SUBJECT ...]
 
 Without arguments all subjects run. Each prints its numbers and fails where one misses its bar. Each
 runs in a process of its own, on one thread unless it says otherwise.
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-SUBJECTS = ("pq", "cabb", "seamless", "isus", "adaptis", "affinity", "ibs")
+SUBJECTS = ("pq", "cabb", "seamless", "isus", "adaptis", "affinity", "ibs", "input", "memory")
 
 
 def main(argv=None):
