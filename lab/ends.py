@@ -1,5 +1,6 @@
 """How a program ends: one clear sentence and exit code 2 for what its user can mend, 130 after
 Ctrl-C, never a traceback."""
+import argparse
 import json
 import os
 import sys
@@ -11,6 +12,16 @@ import torch
 
 from data import DataError
 from lab.folders import Stopped
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence, without the list of all flags."""
+
+    def __init__(self, text):
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise DataError(f"{message}; --help explains all flags")
 
 
 @contextmanager
