@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from data import DataError
 from isus import Index, segment_rows
 
 SILENT, INTERVAL = 2.0, (60.0, 0.5)  # seconds until the first progress, and between: file, terminal
@@ -34,12 +35,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 def fingerprint(dataset):
-    """A text that changes with the categories and with the names, sizes and times of label files.
+    """A text that changes with the categories, with the names, sizes and times of label files, and
+    with what COCO's JSON says of their segments.
 
     `dataset.files` lists (name, image, label or None), as readers.py has it."""
     parts = [len(dataset), [(c.name, bool(c.isthing)) for c in dataset.categories]]
-    for name, _, label in dataset.files:
-        parts.append(name)
+    infos = getattr(dataset, "infos", None) or [None] * len(dataset)
+    for (name, _, label), info in zip(dataset.files, infos):
+        parts += [name, info] if info else [name]
         if label is not None and os.path.exists(label):
             stat = os.stat(label)
             parts.append((os.path.basename(label), stat.st_size, stat.st_mtime_ns))
@@ -63,9 +66,12 @@ def save_table(path, table, files):
     """Keeps the table with the fingerprint `files`. Writes beside the file and moves into
     place, so that the file is whole or absent."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save({"fingerprint": files, "table": table.int()}, temporary)
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        torch.save({"fingerprint": files, "table": table.int()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_rows(dataset, images, workers, say):
@@ -100,7 +106,7 @@ def cached_index(dataset, cache, rank=0, world_size=1, workers=0):
 
     Of `world_size` processes each reads its share, with `workers` helpers, and rank 0 writes the
     file. All must call, and `torch.distributed` must be initialised. If one process cannot use its
-    file (a disk may belong to one machine), all read again. ValueError: nothing to sample from."""
+    file (a disk may belong to one machine), all read again. DataError: nothing to sample from."""
     def say(text, end="\n"):
         if rank == 0:
             print(text, end=end, file=sys.stderr, flush=True)
@@ -114,7 +120,13 @@ def cached_index(dataset, cache, rank=0, world_size=1, workers=0):
         mine = read_rows(dataset, range(rank, len(dataset), world_size), workers, say=say)
         table = torch.from_numpy(np.concatenate(gather(mine, world_size))).long()
         table = table[table[:, 0].argsort(stable=True)]        # the order of images
-    index = Index(table, len(dataset))                         # may refuse: write only afterwards
+    try:
+        index = Index(table, len(dataset))                     # may refuse: write only afterwards
+    except ValueError as e:
+        raise DataError(str(e)) from e
     if rank == 0 and not fits:
-        save_table(cache, table, files)
+        try:
+            save_table(cache, table, files)
+        except (OSError, RuntimeError) as e:                   # a full disk is torch's RuntimeError
+            say(f"{cache} cannot be written ({e}): the next run reads all labels again")
     return index
