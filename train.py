@@ -19,7 +19,6 @@ evaluation. Recipes stand in lab/recipes.py, the methods in lab/methods.py, chec
 lab/runs.py, the metrics in lab/evaluate.py. A run's folder holds last.pt, log.csv, curves.png,
 metrics.json, predictions.png and the predictions in COCO panoptic format.
 """
-import argparse
 import math
 import os
 import sys
@@ -257,9 +256,8 @@ def train(args, world, folder, state=None):
 
 
 def parse(argv):
-    """The command line -> argparse.Namespace."""
-    p = ends.Parser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line -> a Namespace of flags, None where one is missing."""
+    p = ends.Parser(__doc__)
     p.add_argument("--dataset", choices=[*worlds.TOYS, *OFFICIAL], help="default: street")
     p.add_argument("--root", help="folder of a real data set, in its official layout")
     p.add_argument("--train-split", help="its training part, if not the official one")

@@ -2,7 +2,6 @@
 
     python -m lab.compare [--methods seamless maskrcnn ...] [--out DIR] [flags of train.py]
 """
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -49,8 +48,7 @@ def draw(rows, title, path):
 
 def main(argv=None):
     import train
-    parser = argparse.ArgumentParser(description=__doc__, add_help=True,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ends.Parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(methods.METHODS))
     parser.add_argument("--out", help="folder; default: the first free runs/DATASET-compare-N")
     own, rest = parser.parse_known_args(argv)

@@ -12,7 +12,6 @@ All share boxes, masks and semantic logits. Each is measured as it is and with s
 to void (appendix C). Intervals are bootstrap intervals over images, of trimmed readings. Writes
 readings.json.
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -142,8 +141,7 @@ def text(table, count):
 def run(argv=None):
     """The command line -> the table."""
     import train
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ends.Parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="RUN/last.pt of --method affinity")
     parser.add_argument("--out", type=Path, help="folder of readings.json; default: the run's")
     parser.add_argument("--images", type=int, default=0, help="the first N images; 0: all")

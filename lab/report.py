@@ -12,7 +12,6 @@ A file in lab/results holds one table:
     command, commit, hardware, split
     older                   true: measured before val and test were split, on what is now val
 """
-import argparse
 import glob
 import json
 import subprocess
@@ -148,8 +147,7 @@ def add(name, rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ends.Parser(__doc__)
     parser.add_argument("--add", nargs="+", metavar=("NAME", "ROW=RUNS"), help="keep metrics")
     flags = parser.parse_args(argv)
     if flags.add:

@@ -38,7 +38,7 @@ def options(function, leave=()):
 def defaults(method, mode, fit):
     """Every setting of this method and this sampler -> {section: {name: default}}."""
     sampler = ibs.PairedCropSampler if mode == "paired" else isus.CropSampler
-    crops = {"size": None, **options(sampler.__init__, GIVEN), "mode": mode}
+    crops = {"size": None, **options(sampler.__init__, GIVEN), "mode": "isus"}
     fixed = {"begin", "held_out"}
     return {"body": options(seamless.resnet_fpn), "model": methods.options(method),
             "crops": crops, "fit": options(fit, fixed)}

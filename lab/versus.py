@@ -5,7 +5,6 @@
 Each pattern names the run folders of one recipe. Prints, for each metric, the mean over seeds on
 either side, the mean of the paired differences and its interval (Student's t).
 """
-import argparse
 import glob
 import json
 from pathlib import Path
@@ -67,8 +66,7 @@ def versus(first, second):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ends.Parser(__doc__)
     parser.add_argument("first", help="pattern of the first recipe's run folders")
     parser.add_argument("second", help="pattern of the second recipe's run folders")
     flags = parser.parse_args(argv)

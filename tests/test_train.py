@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 import train
-from lab import methods, recipes, runs, settings, worlds
+from data import DataError
+from lab import folders, methods, recipes, runs, settings, worlds
 from lab.bench.common import write_cityscapes
 from pq import PanopticQuality
+from test_tries import sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--workers", "0", "--threads", "1", "--device", "cpu", "--precision", "float32"]
@@ -36,16 +38,6 @@ PAIRS = [*QUICK, "--method", "queries", *BODY]
 def call(*words):
     """train.py in this process."""
     train.main([str(w) for w in words])
-
-
-def sentence(capsys, *words):
-    """What train.py says about bad input: exit code 2 and one sentence, no traceback."""
-    with pytest.raises(SystemExit) as stop:
-        call(*words)
-    assert stop.value.code == 2
-    text = capsys.readouterr().err.strip()
-    assert "Traceback" not in text and len(text.splitlines()) == 1, text
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +174,110 @@ def test_a_checkpoint_survives_a_kill_while_the_next_is_written(tmp_path):
     assert (state["w"] == state["step"]).all()
 
 
-def test_a_loss_that_is_not_finite_ends_in_a_sentence(tmp_path, capsys, monkeypatch):
+# --- Stopping, branching, full disks, losses that are no numbers ----------------------------------
+
+def read(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def stop_after(monkeypatch, step, number):
+    """Sends the signal to this process while that step is computed."""
+    clip = torch.nn.utils.clip_grad_norm_
+    steps = []
+
+    def count(*a):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        return clip(*a)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", count)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_says_how_to_go_on_and_a_branch_leaves_the_run_alone(
+        number, code, tmp_path, monkeypatch, capsys):
+    stop_after(monkeypatch, 3, number)
+    out, other = tmp_path / "run", tmp_path / "other"
+    with pytest.raises(SystemExit) as stop:
+        call(*SMALL, "--steps", 9, "--out", out)
+    assert stop.value.code == code and f"go on with --resume {out}" in capsys.readouterr().err
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 3
+    before = read(out)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "has done 3" in sentence(capsys, "--resume", out, "--steps", 2)
+    call("--resume", out / "last.pt", "--out", other, "--steps", 4, *FAST)
+    assert read(out) == before and (other / "metrics.json").exists()
+    assert torch.load(other / "last.pt", weights_only=True)["step"] == 4
+    with open(other / "log.csv") as f:
+        assert [row["step"] for row in csv.DictReader(f)] == ["2", "4"]
+
+
+def test_a_folder_belongs_to_one_run(trained, tmp_path, capsys, monkeypatch):
+    """Finished, running, ended before its first checkpoint, or asked for twice at once."""
+    before = read(trained)
+    assert "--resume" in sentence(capsys, *SMALL, "--steps", 2, "--out", trained)
+    assert read(trained) == before
+    with folders.taken(tmp_path / "run"):
+        for words in (["--out", tmp_path / "run"], ["--resume", trained, "--out", tmp_path / "run"]):
+            images = [] if "--resume" in words else QUICK
+            assert "another process" in sentence(capsys, *images, *words)
+        (tmp_path / "run" / "log.csv").write_text("step")
+    assert "before its first" in sentence(capsys, *QUICK, "--out", tmp_path / "run")
+    assert "before its first" in sentence(capsys, "--resume", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert [folders.new_folder("a").name for _ in range(3)] == ["a-1", "a-2", "a-3"]
+    assert "sampler" in sentence(capsys, *QUICK, "--set", "crops.scale=(2,1)")
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["a-1", "a-2", "a-3"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_leaves_no_debris(tmp_path, monkeypatch):
+    """torch's writer, a text and a table alike. Then a row that was cut is dropped."""
+    runs.save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    runs.write_json(tmp_path / "metrics.json", {"PQ": 1.0})
+    before = read(tmp_path)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    for write, path in ((runs.save_checkpoint, "last.pt"), (runs.write_json, "metrics.json")):
+        with pytest.raises(DataError, match=f"{path}.*No space left.*is kept.*make room"):
+            write(tmp_path / path, {"step": 2})
+    assert read(tmp_path) == before
+    (tmp_path / "log.csv").write_text("step,total,lr,images_per_second\n1,2,3,4\n2,2\n")
+    assert [row["step"] for row in runs.Log(tmp_path / "log.csv", 5).rows] == ["1"]
+
+
+def test_a_checkpoint_is_written_every_minute(tmp_path, monkeypatch):
+    """Time goes on by 25 seconds at each step: steps 3, 6, 9, then the last."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    world, saved = runs.World("cpu"), []
+
+    def batches():
+        while True:
+            now[0] += 25
+            yield torch.zeros(1, 3, 2, 2), []
+
+    def save(optimiser, step, seconds, interval):
+        saved.append((step, interval[1]))
+        world.saved = now[0]
+    how = dict(steps=10, lr=0.1, interval=4)
+    train.fit(Line(share=1), batches(), world, tmp_path, save, **how)
+    assert saved == [(3, 3), (6, 2), (9, 1), (10, 0)]                 # and steps in the interval
+
+
+def test_advice_fits_the_cause_of_a_loss_that_is_no_number(tmp_path, capsys, monkeypatch):
     def broken(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
         return deltas.sum(1) * float("nan")
+    text = sentence(capsys, *SMALL, "fit.lr=100", "fit.clip=1e9", "--steps", 40, "--out",
+                    tmp_path / "run")
+    assert "diverges: lower fit.lr" in text and "float32" not in text
     monkeypatch.setitem(methods.LOSSES["box_loss"], "cabb", broken)
-    text = sentence(capsys, *SMALL, "--steps", 2, "--out", tmp_path / "run")
+    text = sentence(capsys, *SMALL, "--steps", 2, "--out", tmp_path / "other")
     assert "not finite from step 1 on" in text and "rph_box" in text
-    assert "no weight has changed yet" in text and not (tmp_path / "run").exists()
+    assert "no weight has changed yet" in text and not (tmp_path / "other").exists()
+    world = runs.World("cpu", "bf16")
+    assert "--precision float32" in runs.not_finite(world, ["total"], 9, begun=0)
 
 
 # --- The loop ---------------------------------------------------------------------------------
@@ -311,64 +400,6 @@ def test_set_wins_over_recipe_and_signature_and_show_says_so(capsys):
     assert "0.5" in text["fit.lr"] and "command line" in text["fit.lr"]
     assert "850" in text["fit.steps"] and "recipe" in text["fit.steps"]
     assert "signature" in text["fit.clip"]
-
-
-REFUSED = [
-    (["--set", "fit.lrr=1"], ["fit.lrr", "fit has", "lr_body"]),
-    (["--set", "lr=1"], ["SECTION.NAME=VALUE"]),
-    (["--set", "fit.lr=fast"], ["fit.lr", "number above 0"]),
-    (["--set", "fit.steps=2.5"], ["fit.steps", "whole number"]),
-    (["--set", "crops.size=64"], ["crops.size"]),
-    (["--set", "model.box_loss=iou"], ["box-loss", "cabb", "standard"]),
-    (["--set", "body.name=resnet7"], ["resnet7", "resnet50"]),
-    (["--set", "body.weights=imagenet"], ["small", "weights"]),
-    (["--method", "ibs", "--dataset", "cells"], ["no recipe", "parking"]),
-    (["--dataset", "cityscapes"], ["--root"]),
-    (["--images", "0", "--dataset", "coco", "--root", "nowhere"], ["nowhere"]),
-    (["--sampler", "paired", "--set", "fit.batch=3"], ["even"]),
-    (["--set", "crops.canonical=112"], ["canonical"]),
-    (["--method", "affinity", "--set", "model.end_to_end=none"], ["end_to_end", "affinity=False"]),
-    (["--method", "affinity", "--set", "model.variant=A", "model.masks=False"], ["variant"]),
-    (["--eval", "nowhere/last.pt"], ["nowhere/last.pt", "no such file"]),
-    (["--predict"], None),
-    (["--eval", "a", "--predict", "b", "c"], ["one of them"]),
-]
-
-
-@pytest.mark.parametrize("words, parts", REFUSED, ids=lambda v: " ".join(v) if v else "")
-def test_bad_input_ends_in_one_sentence_and_leaves_no_folder(words, parts, capsys, tmp_path):
-    if parts is None:                                                 # argparse has its own words
-        with pytest.raises(SystemExit) as stop:
-            call(*words)
-        assert stop.value.code == 2
-        return
-    out = [] if "--eval" in words else ["--out", tmp_path / "r"]
-    text = sentence(capsys, *QUICK, *words, *out)
-    assert all(part in text for part in parts), text
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "CUDA" in sentence(capsys, "--device", "cuda", "--out", tmp_path / "r")
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused(trained, tmp_path, capsys, cityscapes):
-    cut = tmp_path / "last.pt"
-    cut.write_bytes((trained / "last.pt").read_bytes()[:5000])
-    assert "damaged" in sentence(capsys, "--eval", cut)
-    torch.save({"a": 1}, cut)
-    assert "no checkpoint" in sentence(capsys, "--eval", cut)
-    last = trained / "last.pt"
-    assert "was trained with --method" in sentence(capsys, "--eval", last, "--method", "adaptis")
-    assert "was trained with --dataset" in sentence(capsys, "--eval", last, "--dataset", "cells")
-    assert "another network" in sentence(capsys, "--eval", last, "--set", "body.width=32")
-
-
-def test_a_finished_run_is_not_overwritten(capsys, trained):
-    before = (trained / "last.pt").read_bytes()
-    assert "--resume" in sentence(capsys, *SMALL, "--steps", 2, "--out", trained)
-    assert (trained / "last.pt").read_bytes() == before
 
 
 def test_weights_that_cannot_be_had_are_named(capsys, tmp_path, cityscapes, monkeypatch):

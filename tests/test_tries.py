@@ -1,0 +1,317 @@
+"""What strangers try: wrong commands, checkpoints and arguments. Each ends in one sentence that names
+what was wrong, with exit code 2, or in a documented value; nothing is left behind."""
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import adaptis
+import affinity_head
+import data
+import ibs
+import isus
+import seamless
+import train
+from lab import ends, methods, ranges, recipes, report, settings, versus
+from lab.ap import AveragePrecision
+from pq import PanopticQuality, confusion_ratio
+
+METHODS = {"-": [], "adaptis": ["--method", "adaptis"], "affinity": ["--method", "affinity"],
+           "queries": ["--method", "queries"], "ibs": ["--method", "ibs"]}
+
+
+def sentence(capsys, *words):
+    """What train.py says about bad input: exit code 2 and one sentence, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(w) for w in words])
+    text = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(text.splitlines()) == 1, text
+    return text
+
+
+# --- Numbers out of their range, with `--set` and with flags ------------------------------------
+
+OUT_OF_RANGE = """
+-        fit.steps          0 -3 2.5 ten True 1e400
+-        fit.batch          0 -2 None
+-        fit.accumulate     0
+-        fit.lr             0 -1 nan 1e400 fast True (1,2)
+-        fit.decay          -1 nan 2
+-        fit.decay_norms    2 no
+-        fit.warmup         -5 0.5
+-        fit.drops          (2,3) (-1,) 0.5 (0,) none
+-        fit.poly           -3
+-        fit.clip           -1 0 nan
+-        fit.interval       0 -1
+-        crops.size         64 (0,5) (5,) (5,5,5) (9,99999)
+-        crops.scale        (1,) (0,1) (1,1e9) 1
+-        crops.scale_things (0,0) (1e9,1e9)
+-        crops.short_side   -5 nan
+-        crops.canonical    0
+-        crops.flip         2 -1
+-        crops.jitter       99 -1
+-        crops.hue          3 0.6
+-        crops.mode         isu 3
+-        body.width         0 1 -8
+-        body.extra         -1 99
+-        body.frozen        99 -1
+-        body.frozen_norm   0
+-        body.name          resnet7
+-        model.window       0 -1 (5,5)
+-        model.ratios       (-1,) (0,) () 1
+-        model.rois         0 -1 x
+-        model.proposals    0 0.5
+-        model.anchor_scale 0
+-        model.box_loss     iou
+-        model.semantic_loss hard
+-        model.score_threshold nan 7 -1
+-        model.stuff_area   -1 1e400
+adaptis  model.threshold    nan 2
+adaptis  model.proposals    2 -1
+adaptis  model.window       (0,0) 5
+adaptis  model.points       0
+adaptis  model.width        0
+adaptis  model.blocks       0 -1
+adaptis  model.radius       0
+adaptis  model.per_round    0
+adaptis  model.patience     0
+adaptis  model.min_area     -1
+adaptis  model.loss         dice
+adaptis  fit.lr_body        -1
+affinity model.variant      D
+affinity model.end_to_end   some
+affinity model.loss_weights (1,) (1,1,-1)
+affinity model.channels     0
+queries  model.queries      0
+queries  model.ibs_weight   -1 nan
+queries  model.heads        0
+queries  model.layers       0 -1
+queries  model.no_object    -1
+queries  model.weights      (1,) (1,1)
+queries  model.overlap      7
+ibs      model.positions    0
+ibs      model.detections   0
+ibs      model.similarity   9
+-        --steps            0 -3
+-        --images           -1
+-        --eval-images      -1
+-        --eval-every       -1
+-        --threads          -1
+-        --workers          -1
+-        --seed             -1 12345678901234567890
+"""
+ROWS = [line.split() for line in OUT_OF_RANGE.strip().splitlines()]
+
+
+@pytest.mark.parametrize("method, name, value",
+                         [(m, name, v) for m, name, *values in ROWS for v in values])
+def test_a_number_out_of_its_range_is_refused_with_the_range(method, name, value, capsys, tmp_path):
+    words = [name, value] if name.startswith("--") else ["--set", f"{name}={value}"]
+    text = sentence(capsys, *METHODS[method], *words, "--out", tmp_path / "r")
+    assert name in text and "it must be" in text and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_setting_has_a_range(method):
+    for mode in train.SAMPLERS:
+        known = settings.defaults(method, mode, train.fit)
+        for section in known:
+            for key, default in known[section].items():
+                name = f"{section}.{key}"
+                assert ranges.rule_of(name, default, method) or name == "body.weights", name
+
+
+# --- Commands -----------------------------------------------------------------------------------
+
+REAL = ["--dataset", "coco", "--root", "nowhere"]
+COMMANDS = [
+    ("--set fit.lrr=1", "fit.lrr", "fit has", "lr_body"), ("--set lr=1", "SECTION.NAME=VALUE"),
+    ("--set fit.lr", "SECTION.NAME=VALUE"), ("--set model.queries=4", "seamless on street"),
+    ("--set body.weights=imagenet", "body.name=small", "weights=none"),
+    ("--set body.weights=x.pt body.name=tiny", "body.name=tiny"),
+    ("--set body.weights=x.pt body.name=resnet18", "x.pt: no such file", "imagenet"),
+    ("--method ibs --dataset cells", "no recipe", "parking"),
+    ("--dataset cityscapes", "--root"), ("--dataset coco --root nowhere", "nowhere"),
+    ("--sampler paired --set fit.batch=3", "even"), ("--set crops.canonical=112", "canonical"),
+    ("--set crops.scale=(2,1)", "scale = (2, 1)"), ("--set fit.accumulate=3", "multiple of 3"),
+    ("--method affinity --set model.end_to_end=none", "end_to_end", "affinity=False"),
+    ("--method affinity --set model.variant=A model.masks=False", "variant"),
+    ("--method affinity --set model.affinity=False model.end_to_end=head", "end_to_end"),
+    ("--method queries --set model.heads=3", "multiple of heads=3"),
+    ("--precision bf16 --device cpu --set crops.size=(64,96)", "--precision float32"),
+    ("--eval nowhere/last.pt", "nowhere/last.pt", "no such file"), ("--resume nowhere", "nowhere"),
+    ("--eval a --predict b c", "one of them"), ("--resume a --eval b", "one of them"),
+    # What the method or the data set does not read
+    ("--method adaptis --box-loss standard", "--box-loss", "adaptis"),
+    ("--root x", "--root", "street", "--images"), ("--train-split x", "--train-split", "street"),
+    ("--eval-split x", "--eval-split"), ("--cache x", "--cache", "street"),
+    ("--dataset coco --root x --images 5", "--images", "coco", "--root"),
+    ("--sampler uniform --set crops.scale_things=(1,1)", "scale_things", "isus"),
+    ("--sampler full --set crops.size=(9,9)", "crops.size", "full"),
+    ("--set fit.lr_body=0.1", "fit.lr_body", "adaptis and queries"),
+    ("--method adaptis --set fit.decay_norms=False", "decay_norms"),
+    ("--method ibs --set fit.poly=0.9 fit.drops=(0.5,)", "fit.poly=0"),
+    # The command line itself
+    ("--predict", "--predict"), ("--steps ten", "--steps"), ("--methd ibs", "--methd"),
+    ("--method yolo", "yolo", "seamless"), ("--sampler paired --dataset moon", "moon"),
+]
+
+
+@pytest.mark.parametrize("words, parts", [(w, parts) for w, *parts in COMMANDS],
+                         ids=lambda v: v if isinstance(v, str) else "")
+def test_a_wrong_command_ends_in_one_sentence_and_leaves_no_folder(
+        words, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [] if "coco" in words or "--eval" in words else ["--images", 4]
+    text = sentence(capsys, *images, "--threads", 1, *words.split())
+    assert all(part in text for part in parts), text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_is_a_file_or_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        assert f"--out {out}" in sentence(capsys, "--images", 4, "--out", out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA" in sentence(capsys, "--device", "cuda", "--out", tmp_path / "r")
+
+
+def test_errors_that_are_no_data_errors_end_in_a_sentence_too(capsys):
+    for error, code, words in ((OSError(28, "No space left on device", "x.png"), 2, "x.png"),
+                               (torch.OutOfMemoryError(), 2, "fit.accumulate"),
+                               (KeyboardInterrupt(), 130, "stopped")):
+        with pytest.raises(SystemExit) as stop, ends.one_sentence("lab"):
+            raise error
+        assert stop.value.code == code and words in capsys.readouterr().err
+
+
+# --- Checkpoints --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def state():
+    """A checkpoint as train.py writes it, of a network that fits its settings."""
+    flags = train.parse(["--set", "body.name=tiny", "body.width=8"])
+    args, _ = train.arguments(flags)
+    categories = train.open_dataset({**args, "eval_images": 1}, "test").categories
+    model = methods.build("seamless", categories, args)
+    return {"model": model.state_dict(), "optimiser": {}, "step": 4, "seconds": 1.0, "rng": [{}],
+            "interval": ({}, 0, 0.0), "settings": args,
+            "categories": [[c.name, c.isthing, list(c.colour)] for c in categories]}
+
+
+CHECKPOINTS = [  # what becomes of the checkpoint, flags, words of the sentence
+    ([1], "", "no checkpoint"), ({"a": 1}, "", "no checkpoint"),
+    (lambda s: s.pop("rng"), "", "no checkpoint"), (lambda s: s.update(step="x"), "", "no checkp"),
+    (lambda s: s.update(settings=[1]), "", "no checkpoint"),
+    (lambda s: s.update(categories=[1]), "", "no checkpoint"),
+    (lambda s: s.update(model=3), "", "no checkpoint"),
+    (lambda s: s["settings"].pop("method"), "", "no checkpoint"),
+    (lambda s: s["settings"].pop("crops"), "", "no checkpoint"),
+    (lambda s: s["settings"]["crops"].pop("mode"), "", "no checkpoint"),
+    (lambda s: s["settings"].update(dataset="mars"), "", "--dataset mars"),
+    (lambda s: s["settings"].update(method="yolo"), "", "--method yolo"),
+    (lambda s: s["settings"]["fit"].update(steps=-4), "", "fit.steps"),
+    (lambda s: s["settings"]["fit"].update(speed=1), "", "fit.speed"),
+    (lambda s: s["settings"]["model"].update(rois="a"), "", "model.rois"),
+    (lambda s: s["model"].popitem(), "", "another network"),
+    (lambda s: s["categories"].pop(), "", "categories"),
+    (None, "--method adaptis", "was trained with --method"),
+    (None, "--dataset cells", "was trained with --dataset"),
+    (None, "--seed 5", "was trained with --seed"), (None, "--set body.width=32", "another network"),
+    (None, "--steps 9", "--steps: --eval does not read it"), (None, "--images 5", "--images"),
+    (None, "--set fit.lr=1", "--set fit.lr: --eval"), (None, "--set crops.flip=0", "crops.flip"),
+]
+
+
+@pytest.mark.parametrize("change, flags, words", CHECKPOINTS)
+def test_a_damaged_or_foreign_checkpoint_is_refused(
+        change, flags, words, state, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damaged = copy.deepcopy(state)
+    if callable(change):
+        change(damaged)
+    torch.save(damaged if callable(change) or change is None else change, "last.pt")
+    assert words in sentence(capsys, "--eval", "last.pt", *flags.split())
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:500])
+    for words in (["--eval", "last.pt"], ["--resume", "."], ["--predict", "last.pt", "x.png"]):
+        assert "damaged" in sentence(capsys, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+# --- The other programs -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"run": 3}', '{"run": {"seed": 0}}',
+                                     '{"PQ": "high", "run": {"seed": 0, "hardware": "a CPU"}}'])
+def test_broken_metrics_are_named(content, tmp_path, monkeypatch):
+    (tmp_path / "a-0").mkdir()
+    (tmp_path / "a-0" / "metrics.json").write_text(content)
+    table = {"title": "T", "columns": ["PQ"], "rows": []}
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for call in (lambda: versus.read(str(tmp_path / "a-*")),
+                 lambda: report.add("t", [("a", str(tmp_path / "a-*"))])):
+        with pytest.raises(data.DataError, match="metrics.json is no metrics file"):
+            call()
+    assert json.loads((tmp_path / "t.json").read_text()) == table
+    for words in (["--add"], ["--add", "t"], ["--add", "t", "a"], ["--add", "none", "a=b"]):
+        with pytest.raises((data.DataError, SystemExit)):
+            report.main(words)
+
+
+# --- Functions: an error, or the documented value -----------------------------------------------
+
+BOXES, NO_BOX = torch.tensor([[0., 0., 8., 8.], [2., 2., 10., 12.]]), torch.zeros(0, 4)
+REVERSED, NAN = BOXES.flip(1), torch.full((2, 4), math.nan)
+ONES, VOID = torch.ones(4, 5).long(), -torch.ones(1, 4, 5).long()
+CALLS = [  # a call, and the error or the value
+    (lambda: data.pyramid_level(REVERSED), [1, 1]), (lambda: data.pyramid_level(NO_BOX), []),
+    (lambda: data.pyramid_level(NAN), [1, 1]), (lambda: data.pyramid_level(BOXES[0]), IndexError),
+    (lambda: data.encode(NO_BOX, NO_BOX), []), (lambda: data.decode(NO_BOX, NO_BOX), []),
+    (lambda: data.encode(BOXES, BOXES[:1, :1]), RuntimeError),
+    (lambda: data.mask_boxes(-ONES, 2), RuntimeError),
+    (lambda: data.mask_boxes(9 * ONES, 2), RuntimeError),
+    (lambda: data.mask_boxes(ONES.float(), 2), RuntimeError),
+    (lambda: data.mask_boxes(ONES[0], 2), ValueError),
+    (lambda: data.mask_boxes(ONES[:0], 2), IndexError), (lambda: data.collate([]), ValueError),
+    (lambda: isus.build_index([]), ValueError), (lambda: affinity_head.assign([]), ValueError),
+    (lambda: affinity_head.assign([[math.nan]]), ValueError),
+    (lambda: affinity_head.assign(torch.zeros(0, 3).numpy()), []),
+    (lambda: affinity_head.assign(torch.zeros(3, 0).numpy()), [-1, -1, -1]),
+    (lambda: affinity_head.apply_affinity(torch.ones(5, 2), torch.ones(4, 3)), RuntimeError),
+    (lambda: affinity_head.lovasz_softmax(torch.zeros(1, 3, 4, 5), VOID), 0),
+    (lambda: affinity_head.lovasz_softmax(torch.zeros(1, 3, 4, 5), VOID[:, 1:]), IndexError),
+    (lambda: affinity_head.lovasz_hinge(torch.zeros(0, 4), torch.zeros(0, 4)), 0),
+    (lambda: seamless.hardest_pixels_loss(torch.zeros(1, 3, 4, 5), VOID), 0),
+    (lambda: seamless.hardest_pixels_loss(torch.zeros(1, 3, 4, 5), ONES[None] * 9), IndexError),
+    (lambda: seamless.fuse(torch.ones(1, 4, 5).bool(), torch.tensor([math.nan]), ONES[0, :1],
+                           semantic=ONES, isthing=torch.tensor([False, True]))[1], []),
+    (lambda: ibs.pick_targets(torch.zeros(0).long()), []),
+    (lambda: ibs.ibs_loss([], torch.zeros(0, 3, 2, 2), [], torch.zeros(0).long()), 0),
+    (lambda: adaptis.sample_points(0 * ONES, torch.tensor([1]), 3), ValueError),
+    (lambda: adaptis.bilinear(torch.arange(9.).view(1, 1, 3, 3), torch.full((1, 1, 2), 1e6), 4),
+     [[[8.0]]]),
+    (lambda: adaptis.local_maxima(torch.full((3, 3), math.nan)), []),
+    (lambda: confusion_ratio(ONES, [0], ONES[1:], [0], [True], [25]), ValueError),
+    (lambda: PanopticQuality([True]).compute()["PQ"], math.nan),
+    (lambda: AveragePrecision(1).compute()["AP"], math.nan),
+    *((lambda b=b: AveragePrecision(1, kind="box").update(b, [.5, .5], [0, 0], ONES, [0]), None)
+      for b in (REVERSED, NAN)),
+]
+
+
+@pytest.mark.parametrize("call, expected", CALLS)
+def test_a_function_raises_or_returns_its_documented_value(call, expected):
+    if isinstance(expected, type):
+        with pytest.raises(expected):
+            call()
+        return
+    found = call()
+    found = found.tolist() if hasattr(found, "tolist") else found
+    assert found == expected or found != found and expected != expected
