@@ -1,9 +1,13 @@
-"""The spec of how one GPU is fed: a batch in parts."""
+"""The spec of how one GPU is fed: a batch in parts, decoded images on disk, memory foretold."""
+import os
+
 import pytest
 import torch
 
 import train
-from lab import runs
+from lab import cache, memory, runs
+from lab.readers import Cityscapes
+from test_readers import IDS, tree
 from test_train import SMALL
 
 
@@ -38,3 +42,46 @@ def test_a_batch_in_parts_is_the_batch(tmp_path):
         logs.append((tmp_path / "log.csv").read_text().splitlines()[1].split(",")[1])
     assert weights == pytest.approx([weights[0]] * 3) and logs == [logs[0]] * 3
     assert all(torch.equal(shown[0], other) for other in shown[1:])
+
+
+def test_decoded_images_are_kept_until_their_files_change(tmp_path, monkeypatch, capsys):
+    """A torn file is made anew. Where the disk is full, nothing is written and all goes on."""
+    dataset = Cityscapes(tree(tmp_path, IDS), "val")
+    kept, reads, read = cache.Decoded(dataset, tmp_path / "c"), [], Cityscapes.__getitem__
+    monkeypatch.setattr(Cityscapes, "__getitem__", lambda d, i: reads.append(i) or read(d, i))
+
+    def check(count):
+        found, want = kept[0], read(dataset, 0)
+        for key in ("image", "segments", "categories", "crowd"):
+            a, b = getattr(found, key), getattr(want, key)
+            assert torch.equal(a, b) and a.dtype == b.dtype
+        assert found.name == want.name and len(reads) == count
+        assert all(map(torch.equal, kept.labels(0), dataset.labels(0)))
+    check(1)
+    check(1)
+    os.utime(dataset.files[0][2], (5, 5))
+    check(2)
+    kept.path(0).write_bytes(kept.path(0).read_bytes()[:99])
+    check(3)
+    check(3)
+    monkeypatch.setattr(cache, "RESERVE", 2 ** 80)
+    kept.path(0).unlink()
+    check(4)
+    check(5)
+    assert os.listdir(tmp_path / "c") == [] and capsys.readouterr().err.count("decoded at each") == 1
+
+
+def test_memory_is_what_is_alive_at_once_and_a_line_in_batch_and_pixels():
+    x = torch.zeros(1000)
+    with memory.Alive([x]) as alive:
+        y = x.view(10, 100) * 2 + 1                            # x, the product, the sum
+        assert alive.now == 8000
+    line = memory.Line(2e9, 3e8, 1000.)
+    peaks = [line.bytes(n, p) for n, p in ((1, 900), (2, 900), (2, 400))]
+    assert alive.peak == 12000 and len(y) == 10
+    assert memory.line_through(*peaks, pixels=(400, 900)) == pytest.approx(line)
+    most = line.largest(12, 10 ** 6)                           # 9.8 GiB: 8.52e9 / 1.3e9 crops
+    assert most == 6 and line.parts(12, 10 ** 6, 16) == 4 and line.parts(1, 10 ** 6, 16) is None
+    other = memory.rescaled(dict(batch=16, lr=.01, lr_body=0., steps=48000, warmup=200), 4)
+    assert other == dict(batch=4, lr=.0025, steps=192000, warmup=800)
+    assert memory.rescaled(dict(batch=16, lr=.01), 4, adam=True)["lr"] == pytest.approx(.005)
