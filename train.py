@@ -10,6 +10,7 @@
     python train.py --box-loss cabb|standard --sampler isus|cus|uniform|full|paired
     python train.py --set fit.lr=2e-4 model.window=8 any number of the recipe; --show prints all
     python train.py --resume RUN                     goes on as if the run had not stopped
+    python train.py --resume RUN --out OTHER         the same in a copy; RUN stays as it is
     python train.py --eval RUN/last.pt               full images, at their native size
     python train.py --predict RUN/last.pt image.png  your own images
     torchrun --nproc_per_node=8 train.py ...         one process a GPU

@@ -109,7 +109,10 @@ def evaluate(model, dataset, world, folder, *, short_side=0, images=0, workers=0
                                     official)
         draw.show_predictions(folder / "predictions.png", shown, dataset.categories)
         runs.write_json(folder / "metrics.json", result)
-        if not quiet:
+        if result["PQ"] != result["PQ"]:                       # NaN: a test set without labels
+            print(f"no label has a segment, so there is nothing to score: {folder} holds the "
+                  "predictions alone")
+        elif not quiet:
             print(quality.table([c.name for c in dataset.categories]))
             print(summary(result))
     world.gather(None)                                         # wait for rank 0's files

@@ -33,10 +33,11 @@ def write_file(path, content):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         kept = "; the one before is kept" if Path(path).exists() else ""
         raise DataError(f"{path} cannot be written ({e.strerror}){kept}: make room on the disk, or "
                         "give another --out") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path):

@@ -1,26 +1,21 @@
-"""What strangers try: wrong commands, checkpoints and arguments. Each ends in one sentence that names
-what was wrong, with exit code 2, or in a documented value; nothing is left behind."""
+"""What strangers try: wrong commands, checkpoints and arguments. Each ends in one sentence that
+says what was wrong, with exit code 2, or in a documented value. Nothing is left behind."""
 import copy
 import json
 import math
-import sys
 
 import pytest
 import torch
 
 import adaptis
 import affinity_head
+import cabb_loss
 import data
 import ibs
-import isus
 import seamless
 import train
-from lab import ends, methods, ranges, recipes, report, settings, versus
+from lab import ends, methods, ranges, report, settings, versus
 from lab.ap import AveragePrecision
-from pq import PanopticQuality, confusion_ratio
-
-METHODS = {"-": [], "adaptis": ["--method", "adaptis"], "affinity": ["--method", "affinity"],
-           "queries": ["--method", "queries"], "ibs": ["--method", "ibs"]}
 
 
 def sentence(capsys, *words):
@@ -34,83 +29,37 @@ def sentence(capsys, *words):
 
 # --- Numbers out of their range, with `--set` and with flags ------------------------------------
 
-OUT_OF_RANGE = """
--        fit.steps          0 -3 2.5 ten True 1e400
--        fit.batch          0 -2 None
--        fit.accumulate     0
--        fit.lr             0 -1 nan 1e400 fast True (1,2)
--        fit.decay          -1 nan 2
--        fit.decay_norms    2 no
--        fit.warmup         -5 0.5
--        fit.drops          (2,3) (-1,) 0.5 (0,) none
--        fit.poly           -3
--        fit.clip           -1 0 nan
--        fit.interval       0 -1
--        crops.size         64 (0,5) (5,) (5,5,5) (9,99999)
--        crops.scale        (1,) (0,1) (1,1e9) 1
--        crops.scale_things (0,0) (1e9,1e9)
--        crops.short_side   -5 nan
--        crops.canonical    0
--        crops.flip         2 -1
--        crops.jitter       99 -1
--        crops.hue          3 0.6
--        crops.mode         isu 3
--        body.width         0 1 -8
--        body.extra         -1 99
--        body.frozen        99 -1
--        body.frozen_norm   0
--        body.name          resnet7
--        model.window       0 -1 (5,5)
--        model.ratios       (-1,) (0,) () 1
--        model.rois         0 -1 x
--        model.proposals    0 0.5
--        model.anchor_scale 0
--        model.box_loss     iou
--        model.semantic_loss hard
--        model.score_threshold nan 7 -1
--        model.stuff_area   -1 1e400
-adaptis  model.threshold    nan 2
-adaptis  model.proposals    2 -1
-adaptis  model.window       (0,0) 5
-adaptis  model.points       0
-adaptis  model.width        0
-adaptis  model.blocks       0 -1
-adaptis  model.radius       0
-adaptis  model.per_round    0
-adaptis  model.patience     0
-adaptis  model.min_area     -1
-adaptis  model.loss         dice
-adaptis  fit.lr_body        -1
-affinity model.variant      D
-affinity model.end_to_end   some
-affinity model.loss_weights (1,) (1,1,-1)
-affinity model.channels     0
-queries  model.queries      0
-queries  model.ibs_weight   -1 nan
-queries  model.heads        0
-queries  model.layers       0 -1
-queries  model.no_object    -1
-queries  model.weights      (1,) (1,1)
-queries  model.overlap      7
-ibs      model.positions    0
-ibs      model.detections   0
-ibs      model.similarity   9
--        --steps            0 -3
--        --images           -1
--        --eval-images      -1
--        --eval-every       -1
--        --threads          -1
--        --workers          -1
--        --seed             -1 12345678901234567890
-"""
-ROWS = [line.split() for line in OUT_OF_RANGE.strip().splitlines()]
+OUT_OF_RANGE = {  # of a method: a name and values that it cannot have; the next name
+    "seamless": """fit.steps 0 -3 2.5 ten True 1e400; fit.batch 0 -2 None; fit.accumulate 0;
+        fit.lr 0 -1 nan 1e400 fast True (1,2); fit.decay -1 nan 2; fit.decay_norms 2 no;
+        fit.warmup -5 0.5; fit.drops (2,3) (-1,) 0.5 (0,) none; fit.poly -3; fit.clip -1 0 nan;
+        fit.interval 0 -1; crops.size 64 (0,5) (5,) (5,5,5) (9,99999);
+        crops.scale (1,) (0,1) (1,1e9) 1; crops.scale_things (0,0) (1e9,1e9);
+        crops.short_side -5 nan; crops.canonical 0; crops.flip 2 -1; crops.jitter 99 -1;
+        crops.hue 3 0.6; crops.mode isu 3; body.width 0 1 -8; body.extra -1 99; body.frozen 99 -1;
+        body.frozen_norm 0; body.name resnet7; model.window 0 -1 (5,5);
+        model.ratios (-1,) (0,) () 1; model.rois 0 -1 x; model.proposals 0 0.5;
+        model.anchor_scale 0; model.box_loss iou; model.semantic_loss hard;
+        model.score_threshold nan 7 -1; model.stuff_area -1 1e400; --steps 0 -3; --images -1;
+        --eval-images -1; --eval-every -1; --threads -1; --workers -1;
+        --seed -1 12345678901234567890""",
+    "adaptis": """model.threshold nan 2; model.proposals 2 -1; model.window (0,0) 5; model.points 0;
+        model.width 0; model.blocks 0 -1; model.radius 0; model.per_round 0; model.patience 0;
+        model.min_area -1; model.loss dice; fit.lr_body -1""",
+    "affinity": """model.variant D; model.end_to_end some; model.loss_weights (1,) (1,1,-1);
+        model.channels 0""",
+    "queries": """model.queries 0; model.ibs_weight -1 nan; model.heads 0; model.layers 0 -1;
+        model.no_object -1; model.weights (1,) (1,1); model.overlap 7""",
+    "ibs": """model.positions 0; model.detections 0; model.similarity 9""",
+}
+RANGE_TRIES = [(method, name, value) for method, text in OUT_OF_RANGE.items()
+               for name, *values in map(str.split, text.split(";")) for value in values]
 
 
-@pytest.mark.parametrize("method, name, value",
-                         [(m, name, v) for m, name, *values in ROWS for v in values])
+@pytest.mark.parametrize("method, name, value", RANGE_TRIES)
 def test_a_number_out_of_its_range_is_refused_with_the_range(method, name, value, capsys, tmp_path):
     words = [name, value] if name.startswith("--") else ["--set", f"{name}={value}"]
-    text = sentence(capsys, *METHODS[method], *words, "--out", tmp_path / "r")
+    text = sentence(capsys, "--method", method, *words, "--out", tmp_path / "r")
     assert name in text and "it must be" in text and not (tmp_path / "r").exists()
 
 
@@ -126,7 +75,6 @@ def test_every_setting_has_a_range(method):
 
 # --- Commands -----------------------------------------------------------------------------------
 
-REAL = ["--dataset", "coco", "--root", "nowhere"]
 COMMANDS = [
     ("--set fit.lrr=1", "fit.lrr", "fit has", "lr_body"), ("--set lr=1", "SECTION.NAME=VALUE"),
     ("--set fit.lr", "SECTION.NAME=VALUE"), ("--set model.queries=4", "seamless on street"),
@@ -270,37 +218,30 @@ def test_broken_metrics_are_named(content, tmp_path, monkeypatch):
 BOXES, NO_BOX = torch.tensor([[0., 0., 8., 8.], [2., 2., 10., 12.]]), torch.zeros(0, 4)
 REVERSED, NAN = BOXES.flip(1), torch.full((2, 4), math.nan)
 ONES, VOID = torch.ones(4, 5).long(), -torch.ones(1, 4, 5).long()
-CALLS = [  # a call, and the error or the value
+LOGITS = torch.zeros(1, 3, 4, 5)
+CALLS = [  # what no other file tries: a call, and the error or the value
     (lambda: data.pyramid_level(REVERSED), [1, 1]), (lambda: data.pyramid_level(NO_BOX), []),
-    (lambda: data.pyramid_level(NAN), [1, 1]), (lambda: data.pyramid_level(BOXES[0]), IndexError),
     (lambda: data.encode(NO_BOX, NO_BOX), []), (lambda: data.decode(NO_BOX, NO_BOX), []),
     (lambda: data.encode(BOXES, BOXES[:1, :1]), RuntimeError),
     (lambda: data.mask_boxes(-ONES, 2), RuntimeError),
     (lambda: data.mask_boxes(9 * ONES, 2), RuntimeError),
-    (lambda: data.mask_boxes(ONES.float(), 2), RuntimeError),
-    (lambda: data.mask_boxes(ONES[0], 2), ValueError),
-    (lambda: data.mask_boxes(ONES[:0], 2), IndexError), (lambda: data.collate([]), ValueError),
-    (lambda: isus.build_index([]), ValueError), (lambda: affinity_head.assign([]), ValueError),
-    (lambda: affinity_head.assign([[math.nan]]), ValueError),
+    (lambda: data.mask_boxes(ONES[0], 2), ValueError), (lambda: data.collate([]), ValueError),
+    (lambda: cabb_loss.cabb_loss(BOXES, NAN, BOXES, 1.0, (9, 9)), ValueError),
+    (lambda: cabb_loss.box_loss(BOXES, BOXES, NAN, 1.0), ValueError),
+    (lambda: cabb_loss.solve_o1(NO_BOX, NO_BOX, NO_BOX, 1.0), []),
     (lambda: affinity_head.assign(torch.zeros(0, 3).numpy()), []),
     (lambda: affinity_head.assign(torch.zeros(3, 0).numpy()), [-1, -1, -1]),
+    (lambda: affinity_head.assign([1.0, 2.0]), ValueError),
     (lambda: affinity_head.apply_affinity(torch.ones(5, 2), torch.ones(4, 3)), RuntimeError),
-    (lambda: affinity_head.lovasz_softmax(torch.zeros(1, 3, 4, 5), VOID), 0),
-    (lambda: affinity_head.lovasz_softmax(torch.zeros(1, 3, 4, 5), VOID[:, 1:]), IndexError),
+    (lambda: affinity_head.lovasz_softmax(LOGITS, VOID[:, 1:]), IndexError),
     (lambda: affinity_head.lovasz_hinge(torch.zeros(0, 4), torch.zeros(0, 4)), 0),
-    (lambda: seamless.hardest_pixels_loss(torch.zeros(1, 3, 4, 5), VOID), 0),
-    (lambda: seamless.hardest_pixels_loss(torch.zeros(1, 3, 4, 5), ONES[None] * 9), IndexError),
+    (lambda: seamless.hardest_pixels_loss(LOGITS, ONES[None] * 9), IndexError),
     (lambda: seamless.fuse(torch.ones(1, 4, 5).bool(), torch.tensor([math.nan]), ONES[0, :1],
                            semantic=ONES, isthing=torch.tensor([False, True]))[1], []),
     (lambda: ibs.pick_targets(torch.zeros(0).long()), []),
-    (lambda: ibs.ibs_loss([], torch.zeros(0, 3, 2, 2), [], torch.zeros(0).long()), 0),
-    (lambda: adaptis.sample_points(0 * ONES, torch.tensor([1]), 3), ValueError),
     (lambda: adaptis.bilinear(torch.arange(9.).view(1, 1, 3, 3), torch.full((1, 1, 2), 1e6), 4),
      [[[8.0]]]),
     (lambda: adaptis.local_maxima(torch.full((3, 3), math.nan)), []),
-    (lambda: confusion_ratio(ONES, [0], ONES[1:], [0], [True], [25]), ValueError),
-    (lambda: PanopticQuality([True]).compute()["PQ"], math.nan),
-    (lambda: AveragePrecision(1).compute()["AP"], math.nan),
     *((lambda b=b: AveragePrecision(1, kind="box").update(b, [.5, .5], [0, 0], ONES, [0]), None)
       for b in (REVERSED, NAN)),
 ]
@@ -314,4 +255,4 @@ def test_a_function_raises_or_returns_its_documented_value(call, expected):
         return
     found = call()
     found = found.tolist() if hasattr(found, "tolist") else found
-    assert found == expected or found != found and expected != expected
+    assert found == expected
