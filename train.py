@@ -329,7 +329,7 @@ def run(flags):
     args["workers"] = world.workers() if flags.workers is None else flags.workers
     try:
         if flags.predict:
-            out = folders.make_folder(Path(flags.out or path.parent) / "predict")
+            out = Path(flags.out or path.parent, "predict")
             categories = [Category(*c) for c in state["categories"]]
             model = build_model(args, categories, world, state, path)
             return predict.predict_files(model, flags.predict[1:], categories, world, out,

@@ -38,7 +38,8 @@ def one_sentence(program):
         remedy = "correct the path, or make room on the disk"
         text = f"{e.filename}: {e.strerror}; {remedy}" if e.filename else f"{e}; {remedy}"
     except torch.OutOfMemoryError:
-        text = "too little GPU memory: lower fit.batch or crops.size, or raise fit.accumulate"
+        text = ("too little GPU memory: raise fit.accumulate, to what python -m lab.bench memory "
+                "says, or lower crops.size; to evaluate or predict, set crops.short_side")
     except Stopped as e:
         text, code = str(e), 128 + e.number
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from pathlib import Path
 from PIL import Image
 
 from data import DataError
-from lab import draw, evaluate, readers
+from lab import draw, evaluate, folders, readers
 
 
 def predict_files(model, paths, categories, world, folder, *, short_side=0):
@@ -25,6 +25,7 @@ def predict_files(model, paths, categories, world, folder, *, short_side=0):
         except DataError as e:
             bad.append(str(e).replace(readers.MISSING, "correct the path"))
             continue
+        folders.make_folder(folder)                            # none where no image is readable
         found = evaluate.predict(model, image, short_side, world)
         name, n = path.stem, 1
         while name.lower() in taken:                           # some disks ignore case
