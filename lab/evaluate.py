@@ -1,5 +1,6 @@
 """Evaluation on full images: every metric of the papers, sharded over the processes of a run."""
 import csv
+import io
 import time
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 
 from data import Prediction
-from lab import draw, readers, runs
+from lab import draw, folders, readers, runs
 from lab.ap import AveragePrecision
 from pq import PanopticQuality, confusion_ratio
 
@@ -145,7 +146,8 @@ def add_to_curve(path, step, seconds, result):
     if path.exists():
         with open(path) as f:
             rows = [r for r in csv.DictReader(f) if int(r["step"]) < step]
-    with open(path, "w", newline="") as f:
-        out = csv.DictWriter(f, list(row))
-        out.writeheader()
-        out.writerows([*rows, row])
+    text = io.StringIO(newline="")
+    out = csv.DictWriter(text, list(row))
+    out.writeheader()
+    out.writerows([*rows, row])
+    folders.write_file(path, text.getvalue().encode())

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from data import Category, DataError, Sample, mask_boxes
+from lab.folders import write_file
 
 CITYSCAPES = """
 road 7 128 64 128, sidewalk 8 244 35 232, building 11 70 70 70, wall 12 102 102 156,
@@ -320,7 +321,7 @@ def write_panoptic_json(path, annotations, categories, category_ids=None):
     rows = [{"id": category_ids[k] if category_ids else k, "name": c.name,
              "isthing": int(c.isthing), "color": list(c.colour)} for k, c in enumerate(categories)]
     content = {"images": images, "annotations": annotations, "categories": rows}
-    Path(f"{path}.json").write_text(json.dumps(content))
+    write_file(f"{path}.json", json.dumps(content, allow_nan=False).encode())
 
 
 def write_coco_panoptic(path, predictions, categories, category_ids=None, image_ids=None):
