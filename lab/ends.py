@@ -14,6 +14,11 @@ from data import DataError
 from lab.folders import Stopped
 
 
+MEMORY = (MemoryError, torch.OutOfMemoryError)
+# Of a CPU, and of a loading process that the operating system has ended.
+LACKING = ("can't allocate memory", "not enough memory", "exited unexpectedly")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, without the list of all flags."""
 
@@ -37,11 +42,13 @@ def one_sentence(program):
     except OSError as e:
         remedy = "correct the path, or make room on the disk"
         text = f"{e.filename}: {e.strerror}; {remedy}" if e.filename else f"{e}; {remedy}"
-    except torch.OutOfMemoryError:
-        text = ("too little GPU memory: raise fit.accumulate, to what python -m lab.bench memory "
-                "says, or lower crops.size; to evaluate or predict, set crops.short_side")
     except Stopped as e:
         text, code = str(e), 128 + e.number
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MEMORY) and not any(words in str(e) for words in LACKING):
+            raise
+        text = ("too little memory: raise fit.accumulate, to what python -m lab.bench memory "
+                "says, or lower crops.size; to evaluate or predict, set crops.short_side")
     except KeyboardInterrupt:
         text, code = "stopped", 130
     print(f"{program}:", text, file=sys.stderr)

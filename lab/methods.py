@@ -45,7 +45,10 @@ def build_body(settings):
                         "take body.weights=none or a ResNet, as body.name=resnet18")
     else:
         weights = "IMAGENET1K_V1" if weights == "imagenet" else load_file(
-            weights, "give none, imagenet or a file of weights that torchvision names")
+            str(weights), "give none, imagenet or a file of weights that torchvision names")
+        if not isinstance(weights, (str, dict)):
+            raise DataError(f"body.weights: these are not the weights of {name}: the file holds no "
+                            "names of tensors")
     try:
         return seamless.resnet_fpn(weights=weights, **settings)
     except OSError as e:

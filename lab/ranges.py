@@ -71,7 +71,7 @@ RANGES = {
     # Crops
     "crops.mode": ("isus", "cus", "uniform", "full", "paired"),
     "crops.size": whole(1, 16384, count=2), "crops.short_side": whole(0, 16384),
-    "crops.scale": above(0, 100, count=2), "crops.scale_things": above(0, 100, count=2),
+    "crops.scale": number(0.01, 100, count=2), "crops.scale_things": number(0.01, 100, count=2),
     "crops.canonical": whole(1, 16384), "crops.flip": number(0, 1), "crops.jitter": number(0, 1),
     "crops.hue": number(0, 0.5),
     # The backbone
@@ -79,7 +79,7 @@ RANGES = {
     "body.width": whole(4, 4096), "body.extra": whole(0, 4), "body.frozen": whole(0, 5),
     # Models
     **{f"model.{key}": tuple(losses) for key, losses in LOSSES.items()},
-    "model.canonical": whole(1, 16384), "model.anchor_scale": above(0, 100),
+    "model.canonical": whole(1, 16384), "model.anchor_scale": number(0.1, 100),
     "model.ratios": above(0, 100, count="some"), "model.rois": whole(1, 65536),
     "model.proposals": whole(1, 65536), "model.window": whole(1, 16384),
     "model.score_threshold": number(0, 1), "model.stuff_area": number(0),
@@ -87,7 +87,7 @@ RANGES = {
     "affinity.variant": ("A", "B", "C"), "affinity.end_to_end": ("all", "head", "none"),
     "affinity.loss_weights": number(0, count=3),
     "adaptis.window": whole(1, 16384, count=2), "adaptis.proposals": number(0, 1),
-    "adaptis.width": whole(1, 4096), "adaptis.blocks": whole(1, 64), "adaptis.radius": above(0),
+    "adaptis.width": whole(1, 4096), "adaptis.blocks": whole(1, 64), "adaptis.radius": number(1),
     "adaptis.points": whole(1, 4096), "adaptis.threshold": number(0, 1),
     "adaptis.per_round": whole(1, 4096), "adaptis.patience": whole(1), "adaptis.min_area": whole(0),
     "model.ibs_weight": number(0), "model.layers": whole(1, 64),

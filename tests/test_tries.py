@@ -134,6 +134,7 @@ def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
 def test_errors_that_are_no_data_errors_end_in_a_sentence_too(capsys):
     for error, code, words in ((OSError(28, "No space left on device", "x.png"), 2, "x.png"),
                                (torch.OutOfMemoryError(), 2, "fit.accumulate"),
+                               (RuntimeError("worker exited unexpectedly"), 2, "crops.size"),
                                (KeyboardInterrupt(), 130, "stopped")):
         with pytest.raises(SystemExit) as stop, ends.one_sentence("lab"):
             raise error
