@@ -1,5 +1,5 @@
 """Decoded images and labels on disk. Decoding a PNG of 1024x2048 and its label takes 55 ms of a
-core; reading both decoded takes 5. A crop of the same image then takes 25.
+core; reading both decoded takes 3. Cutting a crop of 512x1024 out of them takes 30.
 
 `--cache DIR` gives each image a file of 3 bytes a pixel, and 1 or 4 for its segments: 25 GB for the
 2,975 images of Cityscapes. The operating system keeps these files in memory where there is room, so

@@ -1,6 +1,7 @@
 """Segments image files of your own: a coloured copy of each, and COCO panoptic files."""
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from data import DataError
@@ -11,8 +12,8 @@ def predict_files(model, paths, categories, world, folder, *, short_side=0):
     """Writes folder/NAME.png (segments over the image) and folder/panoptic/NAME.png with
     folder/panoptic.json for each image file; prints what was found.
 
-    The second image of one name becomes NAME-2. An image that cannot be read is left out. DataError
-    names these when the others are done."""
+    The second image of one name becomes NAME-2. An image that cannot be read, or is too large for
+    the GPU, is left out. DataError names these when the others are done."""
     if not paths:
         raise DataError("--predict needs images after the checkpoint: --predict RUN/last.pt "
                         "image.png ...")
@@ -25,8 +26,12 @@ def predict_files(model, paths, categories, world, folder, *, short_side=0):
         except DataError as e:
             bad.append(str(e).replace(readers.MISSING, "correct the path"))
             continue
+        try:
+            found = evaluate.predict(model, image, short_side, world)
+        except torch.OutOfMemoryError:
+            bad.append(f"{path} needs more GPU memory: set crops.short_side, or --device cpu")
+            continue
         folders.make_folder(folder)                            # none where no image is readable
-        found = evaluate.predict(model, image, short_side, world)
         name, n = path.stem, 1
         while name.lower() in taken:                           # some disks ignore case
             n += 1
