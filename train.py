@@ -176,7 +176,8 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
                 world.say(f"step {done:6d}/{steps}  "
                           + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                           + f"  {batch / each:.1f} img/s  {world.memory():.1f} GiB  "
-                          f"waits {late:.0%}  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+                          f"waits {late:.0%}  "
+                          f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
                 tick, waited = time.time(), 0.0
             if saves:
                 save(optimiser, done, clock, (sums, count, time.time() - tick))

@@ -100,13 +100,14 @@ def line_through(one, two, small, *, pixels):
 
 
 def rescaled(fit, batch, adam=False):
-    """The settings of a recipe's `fit` for another batch -> {name: value}: as many images seen, and
-    the rate of SGD in proportion to the batch (Goyal et al., "Accurate, Large Minibatch SGD", 2017),
-    that of Adam to its root (Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient
-    Algorithms", 2022).
+    """The settings of a recipe's `fit` for another batch -> {name: value}: as many images seen; the
+    rate of SGD in proportion to the batch, that of Adam to its root.
 
-    Needed for a smaller fit.batch. fit.accumulate keeps the batch, and all of these numbers."""
+    fit.accumulate keeps the batch, and all of these numbers. Goyal et al., "Accurate, Large
+    Minibatch SGD", 2017. Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient
+    Algorithms", 2022."""
     factor = batch / fit["batch"]
-    rates = {k: fit[k] * (factor ** 0.5 if adam else factor) for k in ("lr", "lr_body") if fit.get(k)}
+    power = factor ** 0.5 if adam else factor
+    rates = {k: fit[k] * power for k in ("lr", "lr_body") if fit.get(k)}
     steps = {k: round(fit[k] / factor) for k in ("steps", "warmup") if fit.get(k)}
     return {"batch": batch, **rates, **steps}

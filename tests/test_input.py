@@ -68,7 +68,7 @@ def test_decoded_images_are_kept_until_their_files_change(tmp_path, monkeypatch,
     kept.path(0).unlink()
     check(4)
     check(5)
-    assert os.listdir(tmp_path / "c") == [] and capsys.readouterr().err.count("decoded at each") == 1
+    assert not os.listdir(tmp_path / "c") and capsys.readouterr().err.count("decoded at each") == 1
 
 
 def test_memory_is_what_is_alive_at_once_and_a_line_in_batch_and_pixels():
