@@ -23,7 +23,8 @@ class Decoded:
     """A data set of readers.py that keeps what it has decoded in `folder`, a file an image.
 
     A file is used while image, label and categories are those that it was made of, and made anew
-    otherwise. Where the disk has less than RESERVE left, images are decoded at each use."""
+    otherwise. Where the disk has less than RESERVE left, images are decoded at each use. Images of
+    more than 8 bits are kept with 8."""
 
     def __init__(self, dataset, folder):
         self.dataset, self.folder, self.full = dataset, Path(folder), False

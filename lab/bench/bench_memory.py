@@ -44,8 +44,8 @@ def line_of(model, optimiser, small=(384, 768), large=(512, 1024)):
 def beside_the_gpu(device, model, optimiser, line):
     """Prints what the GPU itself says of some batches."""
     model.to(device.device).train()
-    for state in optimiser.state.values():
-        state.update({k: v.to(device.device) for k, v in state.items() if torch.is_tensor(v)})
+    optimiser.load_state_dict(optimiser.state_dict())          # moves momentum to the weights
+    torch.cuda.empty_cache()
     for count in (1, 2, 4, 8):
         images, targets = batch_of(count, CROPS[0])
         images, targets = images.to(device.device), [t.to(device.device) for t in targets]
