@@ -139,7 +139,6 @@ def test_stages_cover_the_run_and_train_weights_of_the_model(model):
 
 
 # --- Box losses -------------------------------------------------------------------------------
-
 BOX_LOSSES = [cabb_loss.cabb_loss, cabb_loss.box_loss, seamless.smooth_l1_box_loss]
 
 
@@ -155,7 +154,6 @@ def test_a_box_loss_is_0_at_the_truth_and_takes_no_boxes(loss):
 
 
 # --- Samplers ---------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("mode", [*train.SAMPLERS])
 def test_a_sampler_yields_whole_batches_that_depend_on_seed_and_step_alone(mode, scenes):
     dataset = worlds.Drawn(scenes)

@@ -39,7 +39,6 @@ def loop_box(segments, k):
 
 
 # --- Crops ------------------------------------------------------------------------------------
-
 def plain_crop(sample, top, left, window, size=None, flip=False):
     """The definition: resize all, mirror all, then look at each pixel of the window."""
     (h, w), old = window, sample.segments
@@ -141,7 +140,6 @@ def test_collate_pads_with_black_and_void():
 
 
 # --- Boxes and segments -----------------------------------------------------------------------
-
 def test_encode_and_decode_are_torchvisions():
     g = torch.Generator().manual_seed(0)
     corner, size = 50 * torch.rand(2, 2, 40, 2, generator=g).double()
@@ -232,7 +230,6 @@ def test_the_command_line_runs_the_demo_and_prints_help(monkeypatch, capsys):
 
 
 # --- The street -------------------------------------------------------------------------------
-
 def checksum(sample, start=0):
     labels = torch.cat([sample.segments.flatten(), sample.categories]).numpy().astype("<i8")
     image = (sample.image * 255).round().to(torch.uint8).numpy()

@@ -37,7 +37,6 @@ def test_the_example_holds():
 
 
 # --- 4.1 The loss -----------------------------------------------------------------------------
-
 def loss_by_loops(embeddings, features, is_thing, targets, alpha, gamma):
     """Lin et al. 2017 at truth 0, pixel by pixel: -(1 - alpha) p^gamma log(1 - p)."""
     masks = []
@@ -122,7 +121,6 @@ def test_without_a_target_or_a_thing_the_loss_is_0_with_gradients(things, target
 
 
 # --- 4.1 Which crop meets which ---------------------------------------------------------------
-
 @claim("degeus2023", "4.1", "the embeddings of a crop meet a random other crop", of="pick_targets")
 def test_no_crop_is_its_own_target_nor_one_of_the_same_image():
     """2000 draws; all allowed pairs are drawn equally often, within five standard deviations."""
@@ -144,7 +142,6 @@ def test_crops_of_a_pair_are_each_others_targets():
 
 
 # --- 4.2 Crop sampling ------------------------------------------------------------------------
-
 @claim("degeus2023", "4.2, step 4", "segments of a pair are resized to a similar size",
        of="common_size")
 @pytest.mark.parametrize("first, second", [(10., 30.), (30., 10.), (20., 20.), (10., 40.),
@@ -314,13 +311,6 @@ def test_batches_are_made_of_whole_pairs_that_depend_on_seed_and_number_alone():
     assert not torch.equal(sampler(seed=4).batch(0)[0], sampler(seed=3).batch(0)[0])
 
 
-def test_a_segment_that_shrinking_lost_has_number_0():
-    lost = [t.instance for p in range(12) for _, t in sampler(scale=(0.02, 0.05), seed=1).pair(p)]
-    assert 0 in lost and all(k >= 0 for k in lost)
-    # Pixel 4 stands for a segment from 2.8 to 3.8 of which no pixel shows.
-    assert ibs.window_start(4, (2.8, 3.8), 9, 2, seeded(0)) == 2
-
-
 @pytest.mark.parametrize("how, sentence", [
     (dict(batch=3), "3 crops a process are not made of pairs"),
     (dict(batch=0), "take an even number"),
@@ -334,7 +324,6 @@ def test_what_cannot_be_sampled_is_refused(how, sentence):
 
 
 # --- The minimal network ----------------------------------------------------------------------
-
 def painted(*rectangles, size=(32, 48), image_id=0):
     """Rectangles (category, top, left, bottom, right) on void; a sixth entry makes one a crowd."""
     segments = torch.zeros(size, dtype=torch.int64)
@@ -390,7 +379,6 @@ def test_two_cars_are_confused_without_supervision_and_told_apart_with_it():
 
 
 # --- lab: what lies outside of the crop (5.2), parking lots, the demo -------------------------
-
 @claim("degeus2023", "5.2", "segments outside of the crop required a prediction", of="ask_outside")
 def test_a_network_without_the_correction_is_asked_for_all_segments_of_the_image():
     network = types.SimpleNamespace(family=types.SimpleNamespace(outside=False),

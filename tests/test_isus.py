@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import data
 import isus
 from claims import claim
-from isus import CropSampler, build_index, class_uniform_choice, scale_for_level, window_start
+from isus import CropSampler, build_index, class_uniform_choice, scale_for_level
 from lab import demo_isus, index
 
 torch.set_num_threads(1)
@@ -30,7 +30,6 @@ NATIVE = dict(scale=(1, 1), scale_things=(1, 1))
 
 
 # --- Material for the tests -------------------------------------------------------------------
-
 class Images(list):
     """Samples as a data set that remembers which labels were read."""
     def __init__(self, samples):
@@ -126,7 +125,6 @@ def same(a, b):
 
 
 # --- The crops of a seed ----------------------------------------------------------------------
-
 GOLDEN = {  # image, instance, sigma, sums of x1 and of y1 of the full boxes of crops 0, 1 and 3
     "isus": [(0, 2, 1.102, -1, 7), (0, 1, 3, -2, -11), (0, 3, 1.884, -68, 0)],
     "cus": [(0, 2, 1.102, -1, 7), (0, 2, 1.551, 2, 4), (0, 3, 1.505, -7, -16)],
@@ -147,7 +145,6 @@ def test_the_crops_of_a_seed_stay_what_they_are():
 
 
 # --- Step 3: the scale that brings an instance to a level -------------------------------------
-
 def random_boxes(n, seed):
     """Sides from a quarter of a pixel to a thousand, and thin boxes."""
     g = torch.Generator().manual_seed(seed)
@@ -188,17 +185,7 @@ def test_sigma_is_clamped_to_r_th(level):
             scale_for_level((0, 0, 9, 9), wrong, (0.5, 2), torch.Generator(), levels=level)
 
 
-@pytest.mark.parametrize("level", [1, 4])
-def test_sizes_are_log_uniform_in_the_octave_of_the_level(level):
-    g, box = torch.Generator().manual_seed(level), (5, 6, 45, 96)
-    octave = [math.log2(scale_for_level(box, level, (1e-9, 1e9), generator=g) * 60 / 224)
-              + 3 - level for _ in range(1500)]
-    assert 0 < min(octave) < 0.01 and 0.99 < max(octave) < 1
-    assert uniform([int(8 * v) for v in octave], 8)
-
-
 # --- The index, steps 1 and 2 -----------------------------------------------------------------
-
 @pytest.mark.parametrize("dataset", [town(), *map(random_town, range(4))])
 def test_the_index_says_what_loops_find(dataset):
     """Crowds have rows, but belong to no category. Each label is read once."""
@@ -236,7 +223,6 @@ def test_categories_are_uniform_and_then_images_that_contain_them():
 
 
 # --- Steps 2 to 4 in the sampler --------------------------------------------------------------
-
 @claim("porzi2021", "2.1", "we also sample a random instance of that class from the image and a "
        "random feature pyramid level", of="CropSampler")
 @pytest.mark.parametrize("short_side, levels", [(0, 3), (40, 4)])
@@ -308,19 +294,7 @@ def test_isus_smooths_the_scales_of_lone_things():
     assert bits["native"] < 1.3 and bits["cus"] < 1.3 and bits["isus"] > 1.95, bits
 
 
-def test_a_window_begins_where_it_shows_the_pixel_and_stays_in_the_image():
-    """Against a list of all places, each drawn equally often."""
-    g = torch.Generator().manual_seed(0)
-    for length, window in product((1, 2, 5, 7), (1, 2, 5, 9)):
-        for pixel in (None, *range(length)):
-            places = [a for a in range(length - window + 1)
-                      if pixel is None or a <= pixel < a + window] or [0]
-            found = [window_start(pixel, length, window, generator=g) for _ in range(60)]
-            assert set(found) == set(places) and uniform(found, len(places))
-
-
 # --- Batches ----------------------------------------------------------------------------------
-
 def test_processes_and_workers_share_the_crops_of_a_batch():
     """Process 1 of 2 has every second crop; two loading processes deliver batches in order."""
     one, half = sampler(batch=6, start=3), sampler(batch=3, start=3, rank=1, world=2)
@@ -347,7 +321,6 @@ def test_what_cannot_be_sampled_is_refused(wrong, sentence):
 
 
 # --- lab: the index on disk, the demo ---------------------------------------------------------
-
 class Filed(Images):
     """The town with label files, one image without a label, one whose file is missing."""
     def __init__(self, folder):

@@ -84,10 +84,6 @@ def test_compare_trains_methods_and_prints_one_table(tmp_path, capsys):
     assert (tmp_path / "c" / "compare.png").stat().st_size > 0
 
 
-def test_json_is_strict():
-    assert runs.strict({"a": [float("nan"), 1.0, (float("inf"),)]}) == {"a": [None, 1.0, [None]]}
-
-
 def test_the_readmes_method_trains_as_printed(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     words = [*QUICK, "--out", str(tmp_path / "run")]

@@ -23,7 +23,6 @@ OFFICIAL_AP = {                                                # AP, .50, .75, s
 
 
 # --- Random images ----------------------------------------------------------------------------
-
 class Rolls(Dice):
     """Random numbers that no version of numpy changes."""
 
@@ -89,7 +88,6 @@ def counts(result, category=0):
 
 
 # --- The loop over segments -------------------------------------------------------------------
-
 def loop_over_segments(images, rule):
     """Counts and sums by their definitions, {name: [C]}."""
     names = ("tp", "fp", "fn", "iou", "pairs", "pairs_iou", "right", "hit", "true", "predicted")
@@ -170,7 +168,6 @@ def test_the_plain_definition_agrees_without_crowds():
 
 
 # --- PQ, by hand ------------------------------------------------------------------------------
-
 @claim("kirillov2019", "Section 4.1", "PQ = SQ x RQ, and RQ is F1", of="PanopticQuality")
 def test_pq_is_sq_times_rq():
     """Matches of IoU 3/4 and 2/3, three FP, two FN; F1 of 2/5 and 2/4."""
@@ -219,18 +216,7 @@ def test_tp_fp_fn_by_hand(pred, gt, pred_categories, gt_categories, crowd, rule,
     assert np.isnan(result["per_category"][0]["pq"]) == (want == (0, 0, 0))
 
 
-def test_one_pixel_no_pixel_and_small_integer_types():
-    result, nothing = one("1", [0], "1", [0]), torch.zeros(0, 4).long()
-    names = ("PQ", "SQ", "RQ", "PQ_th", "PQ_dagger", "Acc_th", "Prec_th", "mIoU")
-    assert [result[name] for name in names] == [100] * 8 and np.isnan(result["PQ_st"])
-    assert np.isnan(measure([(nothing, [], nothing, [])])["PQ"])
-    m = torch.arange(1, 21).reshape(4, 5)                      # pred * (G + 1) + gt up to 440
-    for segments in (m.to(torch.uint8), m.to(torch.int16), m.numpy()):
-        assert measure([(segments, [3] * 20, segments, [3] * 20)])["PQ"] == 100
-
-
 # --- PQ-dagger --------------------------------------------------------------------------------
-
 @claim("porzi2019", "Figure 3", "PQ of stuff drops to 0 below an IoU of 1/2, PQ-dagger does not",
        of="PanopticQuality", figure="pq.png")
 @pytest.mark.parametrize("iou, expected", [(46, 0), (49, 0), (51, 51), (62, 62)])
@@ -272,7 +258,6 @@ def test_pq_dagger_where_no_pair_exists():
 
 
 # --- Acc_th, Prec_th, mIoU --------------------------------------------------------------------
-
 @claim("degeus2023", "Section 3.3", "Acc_th counts pixels where PQ counts segments",
        of="PanopticQuality", figure="pq.png")
 def test_one_large_confused_thing_costs_little_pq_and_much_accuracy():
@@ -297,7 +282,6 @@ def test_acc_and_prec_by_hand():
 
 
 # --- Confusion, and masks that overlap --------------------------------------------------------
-
 def overlapping(seed):
     """The predicted segments of an image as masks, some doubled, half of them grown by a pixel,
     with scores in no order -> masks, scores, categories, truth, its categories, crowd."""
@@ -360,15 +344,6 @@ def test_pixels_of_overlapping_masks_agree_with_loops():
         assert found.tolist() == [right, true, predicted] and found.dtype == torch.int64, seed
 
 
-def test_a_second_mask_of_a_thing_is_wrong_and_the_score_says_which():
-    """Truth segments without a pixel change nothing."""
-    gt, masks = rows("111122"), torch.stack([rows("111000"), rows("111110")]).bool()
-    for scores, want in (([.2, .9], [4, 4, 8]), ([.9, .2], [3, 4, 8]), ([.5, .5], [3, 4, 8])):
-        found = instance_pixels(masks, scores, [3, 3], gt, [3, 0, 3], isthing=ISTHING)
-        assert found.tolist() == want
-    assert instance_pixels(masks[:0], [], [], gt, [3, 0], isthing=ISTHING).tolist() == [0, 4, 0]
-
-
 @pytest.mark.parametrize("memory, chunks", [(1, 1001), (40, 51), (2 ** 24, 1)])
 def test_intersections_do_not_depend_on_the_chunks(memory, chunks, monkeypatch):
     pred, gt = torch.ones(2, 11, 91, dtype=torch.bool), torch.ones(11, 91, dtype=torch.int64)
@@ -380,7 +355,6 @@ def test_intersections_do_not_depend_on_the_chunks(memory, chunks, monkeypatch):
 
 
 # --- Average precision ------------------------------------------------------------------------
-
 def ap_images(kind):
     """The images above eight times as large, for all three ranges of area; many equal scores."""
     predictions, truths = [], []
@@ -421,7 +395,6 @@ M = torch.eye(2).bool()[..., None].repeat(1, 1, 10)            # two masks [2, 1
 
 
 # --- Refusals, ranks, text, demo --------------------------------------------------------------
-
 ONES, MASKS = torch.ones(2, 2).long(), torch.ones(2, 2, 2).bool()
 
 

@@ -20,7 +20,6 @@ import train
 from data import DataError
 from lab import folders, methods, recipes, runs, settings, worlds
 from lab.bench.common import write_cityscapes
-from pq import PanopticQuality
 from test_tries import sentence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +57,6 @@ def cityscapes(tmp_path):
 
 
 # --- What a run leaves behind -----------------------------------------------------------------
-
 def test_a_run_leaves_checkpoint_log_curves_images_metrics_and_predictions(trained):
     for name in ("last.pt", "log.csv", "curves.png", "predictions.png", "predictions.json"):
         assert (trained / name).stat().st_size > 0, name
@@ -69,26 +67,6 @@ def test_a_run_leaves_checkpoint_log_curves_images_metrics_and_predictions(train
         assert [int(row["step"]) for row in csv.DictReader(f)] == [2, 4]
     state = torch.load(trained / "last.pt", weights_only=True)
     assert state["step"] == 4 and state["settings"]["method"] == "seamless"
-
-
-def test_written_predictions_give_the_printed_pq_when_read_back(trained):
-    """The PNGs are decoded by the definition, id = R + 256 G + 65536 B, and scored anew."""
-    panoptic = json.loads((trained / "predictions.json").read_text())
-    scenes = worlds.world("street", "test", 2)
-    quality = PanopticQuality([c.isthing for c in scenes.categories])
-    for i, a in enumerate(panoptic["annotations"]):
-        rgb = np.array(Image.open(trained / "predictions" / a["file_name"])).astype(np.int64)
-        ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
-        segments = np.zeros_like(ids)
-        for k, s in enumerate(a["segments_info"], 1):
-            segments[ids == s["id"]] = k
-            assert s["area"] == (ids == s["id"]).sum()
-        found = torch.tensor([s["category_id"] for s in a["segments_info"]], dtype=torch.long)
-        truth = scenes[i]
-        quality.update(torch.from_numpy(segments), found, truth.segments, truth.categories,
-                       truth.crowd)
-    printed = json.loads((trained / "metrics.json").read_text())["PQ"]
-    assert quality.compute()["PQ"] == pytest.approx(printed, abs=1e-9)
 
 
 def test_eval_of_a_checkpoint_repeats_the_metrics_of_the_run(trained, tmp_path):
@@ -106,7 +84,6 @@ def test_predict_colours_your_own_image(trained, tmp_path):
 
 
 # --- Resuming, processes, crashes -------------------------------------------------------------
-
 @pytest.mark.parametrize("words", [SMALL, CELLS, PAIRS], ids=["seamless", "adaptis", "queries"])
 def test_20_steps_equal_a_resume_after_step_10(words, tmp_path, monkeypatch):
     """Bit for bit: weights, state of the optimiser, and the log."""
@@ -159,7 +136,6 @@ def test_two_processes_train_and_print_the_metrics_of_one(tmp_path):
 
 
 # --- Stopping, branching, full disks, losses that are no numbers ----------------------------------
-
 def read(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
@@ -271,7 +247,6 @@ def test_advice_fits_the_cause_of_a_loss_that_is_no_number(tmp_path, capsys, mon
 
 
 # --- The loop ---------------------------------------------------------------------------------
-
 class Line(torch.nn.Module):
     """The smallest method: w x = 1. Two stages, of which each trains its own weight."""
 
@@ -326,21 +301,6 @@ def test_the_learning_rate_warms_up_and_falls():
     assert train.rate(75, 100, 0, (), 0.9) == pytest.approx(0.25 ** 0.9)
 
 
-def test_toy_images_are_drawn_before_the_loop(monkeypatch, tmp_path):
-    from lab.street import StreetScenes
-    drawn = []
-    draw = StreetScenes.__getitem__
-    monkeypatch.setattr(StreetScenes, "__getitem__", lambda s, i: drawn.append(i) or draw(s, i))
-    flags = train.parse(SMALL)
-    args = {**train.arguments(flags)[0], "workers": 0}
-    dataset = train.open_dataset(args, "train")
-    sampler = train.build_sampler(dataset, args, runs.World("cpu"), tmp_path / "run", 0)
-    before = len(drawn)
-    for step in range(5):
-        sampler.batch(step)
-    assert before == 6 and len(drawn) == before
-
-
 def test_the_splits_of_a_toy_world_share_no_image():
     args = {**train.arguments(train.parse(QUICK))[0]}
     first = [train.open_dataset(args, split)[0].image for split in ("train", "val", "test")]
@@ -349,7 +309,6 @@ def test_the_splits_of_a_toy_world_share_no_image():
 
 
 # --- Settings and recipes ---------------------------------------------------------------------
-
 @pytest.mark.parametrize("method, dataset", sorted(recipes.RECIPES))
 def test_every_recipe_names_settings_that_exist(method, dataset):
     values, origin = settings.resolve(dataset, method, train.fit, {})
@@ -406,7 +365,6 @@ def test_weights_that_cannot_be_had_are_named(capsys, tmp_path, cityscapes, monk
 
 
 # --- Real layouts -----------------------------------------------------------------------------
-
 def test_a_data_set_on_disk_trains_scores_and_keeps_its_index(cityscapes, tmp_path, capsys):
     words = [*REAL, "--root", cityscapes, "--steps", 1, "--set", "body.extra=0",
              "crops.short_side=64"]

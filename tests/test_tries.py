@@ -28,7 +28,6 @@ def sentence(capsys, *words):
 
 
 # --- Numbers out of their range, with `--set` and with flags ------------------------------------
-
 OUT_OF_RANGE = {  # of a method: a name and values that it cannot have; the next name
     "seamless": """fit.steps 0 -3 2.5 ten True 1e400; fit.batch 0 -2 None; fit.accumulate 0;
         fit.lr 0 -1 nan 1e400 fast True (1,2); fit.decay -1 nan 2; fit.decay_norms 2 no;
@@ -74,7 +73,6 @@ def test_every_setting_has_a_range(method):
 
 
 # --- Commands -----------------------------------------------------------------------------------
-
 COMMANDS = [
     ("--set fit.lrr=1", "fit.lrr", "fit has", "lr_body"), ("--set lr=1", "SECTION.NAME=VALUE"),
     ("--set fit.lr", "SECTION.NAME=VALUE"), ("--set model.queries=4", "seamless on street"),
@@ -103,6 +101,7 @@ COMMANDS = [
     ("--method adaptis --set fit.decay_norms=False", "decay_norms"),
     ("--method ibs --set fit.poly=0.9 fit.drops=(0.5,)", "fit.poly=0"),
     # The command line itself
+    ("--device cuda", "CUDA"),                                 # on a machine without one
     ("--predict", "--predict"), ("--steps ten", "--steps"), ("--methd ibs", "--methd"),
     ("--method yolo", "yolo", "seamless"), ("--sampler paired --dataset moon", "moon"),
 ]
@@ -113,6 +112,7 @@ COMMANDS = [
 def test_a_wrong_command_ends_in_one_sentence_and_leaves_no_folder(
         words, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     images = [] if "coco" in words or "--eval" in words else ["--images", 4]
     text = sentence(capsys, *images, "--threads", 1, *words.split())
     assert all(part in text for part in parts), text
@@ -126,11 +126,6 @@ def test_an_out_that_is_a_file_or_cannot_be_made(capsys, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "CUDA" in sentence(capsys, "--device", "cuda", "--out", tmp_path / "r")
-
-
 def test_errors_that_are_no_data_errors_end_in_a_sentence_too(capsys):
     for error, code, words in ((OSError(28, "No space left on device", "x.png"), 2, "x.png"),
                                (torch.OutOfMemoryError(), 2, "fit.accumulate"),
@@ -142,7 +137,6 @@ def test_errors_that_are_no_data_errors_end_in_a_sentence_too(capsys):
 
 
 # --- Checkpoints --------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def state():
     """A checkpoint as train.py writes it, of a network that fits its settings."""
@@ -195,7 +189,6 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
 
 
 # --- The other programs -------------------------------------------------------------------------
-
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"run": 3}', '{"run": {"seed": 0}}',
                                      '{"PQ": "high", "run": {"seed": 0, "hardware": "a CPU"}}'])
 def test_broken_metrics_are_named(content, tmp_path, monkeypatch):
@@ -215,7 +208,6 @@ def test_broken_metrics_are_named(content, tmp_path, monkeypatch):
 
 
 # --- Functions: an error, or the documented value -----------------------------------------------
-
 BOXES, NO_BOX = torch.tensor([[0., 0., 8., 8.], [2., 2., 10., 12.]]), torch.zeros(0, 4)
 REVERSED, NAN = BOXES.flip(1), torch.full((2, 4), math.nan)
 ONES, VOID = torch.ones(4, 5).long(), -torch.ones(1, 4, 5).long()
