@@ -342,6 +342,9 @@ def test_pixels_of_overlapping_masks_agree_with_loops():
         found = instance_pixels(masks, scores, categories, gt, gt_categories, isthing=ISTHING,
                                 gt_crowd=crowd)
         assert found.tolist() == [right, true, predicted] and found.dtype == torch.int64, seed
+    gt_categories, crowd = [*gt_categories, 3], [*crowd, False]          # a thing without a pixel
+    assert torch.equal(found, instance_pixels(masks, scores, categories, gt, gt_categories,
+                                              isthing=ISTHING, gt_crowd=crowd))
 
 
 @pytest.mark.parametrize("memory, chunks", [(1, 1001), (40, 51), (2 ** 24, 1)])

@@ -1,6 +1,5 @@
 """The spec of train.py: it resumes bit for bit, shares its work among processes, loses nothing, and
-says what is wrong. Images are made here and networks have a few thousand weights; what they learn
-is in the slow tests."""
+says how to go on. Networks have a few thousand weights; what they learn is in the slow tests."""
 import csv
 import json
 import math
