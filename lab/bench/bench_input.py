@@ -85,6 +85,6 @@ def measure():
         print(f"{name:8s} {who}; the network keeps {math.ceil(takes * each)} workers busy, this "
               f"machine has {cores} cores")
     fast, slow = rates["--cache", 2], rates["PNG", 2]
-    print(f"--cache: two workers deliver {fast:.1f} crops a second, {fast / slow:.1f} times those from "
-          f"PNGs (bar: {BAR} on two cores without other work)")
+    print(f"--cache: two workers deliver {fast:.1f} crops a second, {fast / slow:.1f} times those "
+          f"from PNGs (bar: {BAR} on two cores without other work)")
     assert fast >= BAR
