@@ -86,14 +86,16 @@ class Losses(nn.Module):
         return self.model.losses(images, targets)
 
 
-def rate(step, steps, warmup, drops, poly):
+def rate(step, steps, warmup, drops, *, poly, cosine=False):
     """The factor of the learning rate at `step` of a stage of `steps` -> float.
 
     Linear warm-up from a third; then a tenth after each share of `drops`, or, where poly > 0, the
-    polynomial (1 - step / steps) ** poly."""
+    polynomial (1 - step / steps) ** poly, or with `cosine` half a cosine, from 1 down to 0."""
     warmup = min(warmup, steps // 4)
     if step < warmup:
         return 1 / 3 + 2 / 3 * step / warmup
+    if cosine:
+        return (1 + math.cos(math.pi * step / steps)) / 2
     if poly:
         return (1 - step / steps) ** poly
     return 0.1 ** sum(step >= drop * steps for drop in drops)
@@ -101,7 +103,7 @@ def rate(step, steps, warmup, drops, poly):
 
 def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps=1000, batch=4,
         accumulate=1, lr=0.01, lr_body=0.0, decay=1e-4, decay_norms=True, warmup=0, drops=(),
-        poly=0.0, clip=10.0, interval=50):
+        poly=0.0, cosine=False, clip=10.0, interval=50):
     """Trains the model stage by stage -> seconds spent.
 
     batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds, interval)
@@ -138,7 +140,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
         good, waited = count, 0.0      # steps with a finite gradient; seconds without a batch
         while done < last:
             model.train()
-            factor = rate(done - first, length, warmup, drops, poly)
+            factor = rate(done - first, length, warmup, drops, poly=poly, cosine=cosine)
             for group, base in zip(optimiser.param_groups, rates):
                 group["lr"] = base * factor
             optimiser.zero_grad(set_to_none=True)

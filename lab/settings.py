@@ -112,8 +112,9 @@ def unread(values, method):
         found["fit", "lr_body"] = f"{method} has one rate, fit.lr; adaptis and queries have two"
     if method == "adaptis":
         found["fit", "decay_norms"] = "adaptis does not read it; the other methods do"
-    if values["fit"]["poly"]:
-        found["fit", "drops"] = "with fit.poly the rate falls smoothly; set fit.poly=0 too"
+    if values["fit"]["poly"] or values["fit"]["cosine"]:
+        found["fit", "drops"] = ("with fit.poly or fit.cosine the rate falls smoothly; set fit.poly=0 "
+                                 "and fit.cosine=False, too")
     return found
 
 

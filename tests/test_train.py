@@ -294,10 +294,11 @@ def test_a_step_that_logs_nothing_reads_no_loss(tmp_path, monkeypatch):
 def test_the_learning_rate_warms_up_and_falls():
     """Porzi 2019, section 5: from a third in 200 steps, a tenth after 36k and 44k of 48k."""
     fit = recipes.RECIPES["seamless", "cityscapes"]["fit"]
-    factors = [train.rate(k, fit["steps"], fit["warmup"], fit["drops"], 0)
+    factors = [train.rate(k, fit["steps"], fit["warmup"], fit["drops"], poly=0)
                for k in (0, 100, 200, 35999, 36000, 43999, 44000)]
     assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.01])
-    assert train.rate(75, 100, 0, (), 0.9) == pytest.approx(0.25 ** 0.9)
+    assert train.rate(75, 100, 0, (), poly=0.9) == pytest.approx(0.25 ** 0.9)
+    assert train.rate(75, 100, 0, (), poly=0, cosine=True) == pytest.approx(0.5 - 0.125 ** 0.5)
 
 
 def test_the_splits_of_a_toy_world_share_no_image():
