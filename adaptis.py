@@ -34,7 +34,6 @@ K. Sofiiuk, O. Barinova, A. Konushin, "AdaptIS: Adaptive Instance Selection Netw
 """
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,16 +65,24 @@ def bilinear(features, points, stride):
     return q[:, :, 0].transpose(1, 2)
 
 
+def adain(x, scale, shift):
+    """Adaptive instance normalisation as its formula reads: x [N, C, h, w], scale and shift [N, C]
+    -> [N, C, h, w]. Batch norm learns scale and shift. Here they are an input: what the point
+    knows of its object. The variance gets 1e-5 more, as in batch norm."""
+    scale, shift = scale[..., None, None], shift[..., None, None]
+    variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+    return scale * (x - mean) / (variance + 1e-5).sqrt() + shift
+
+
 class AdaIN(nn.Module):
-    """Adaptive instance normalisation: x [N, C, h, w], scale and shift [N, C] -> [N, C, h, w].
-    Batch norm learns scale and shift. Here they are an input: what the point knows of its object.
-    The variance gets 1e-5 more, as in instance norm."""
+    """The same in one pass instead of seven: batch norm of one image that has N C channels."""
 
     def forward(self, x, scale, shift):
-        centred = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = centred - centred.mean((2, 3), keepdim=True)
-        std = (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
-        return (centred * (scale[..., None, None] / std) + shift[..., None, None]).to(x.dtype)
+        channels = x.contiguous().view(1, -1, *x.shape[2:])    # [1, N C, h, w]
+        precise = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = (v.flatten().to(precise) for v in (scale, shift))
+        out = torch.batch_norm(channels, scale, shift, None, None, True, 0.0, 1e-5, False)
+        return out.view_as(x)                                  # F.batch_norm refuses one pixel
 
 
 class RelativeCoordConv(nn.Module):
@@ -119,13 +126,15 @@ def conv(inputs, outputs):
                          nn.BatchNorm2d(outputs))
 
 
-def window_index(corners, size, count):
-    """Image, row and column of all places of windows with upper left corners [B count, 2], `count`
-    an image: `maps[window_index(...)]` cuts them from maps [B, H, W] -> [B count, *size]."""
-    image = torch.arange(len(corners), device=corners.device) // count
-    row = corners[:, 1, None] + torch.arange(size[0], device=corners.device)
-    column = corners[:, 0, None] + torch.arange(size[1], device=corners.device)
-    return image[:, None, None], row[:, :, None], column[:, None, :]
+def windows(maps, corners, size):
+    """Cuts windows of `size` (height, width), K an image, from maps [B, H, W, ...]; corners int64
+    [B K, 2] are their upper left places (x, y) -> [B K, height, width, ...]."""
+    N, (B, H, W) = len(corners), maps.shape[:3]
+    image = torch.arange(N, device=maps.device) // (N // B)
+    row = corners[:, 1, None] + torch.arange(size[0], device=maps.device)
+    column = corners[:, 0, None] + torch.arange(size[1], device=maps.device)
+    place = (image[:, None, None] * H + row[:, :, None]) * W + column[:, None, :]
+    return maps.flatten(0, 2).index_select(0, place.flatten()).view(N, *size, *maps.shape[3:])
 
 
 class InstanceSelection(nn.Module):
@@ -139,11 +148,13 @@ class InstanceSelection(nn.Module):
 
     Deviation: the head sees only `window` (height, width) pixels around the point. The paper's sees
       the whole image (window=None) and finds 234 of 250 cells of a large one (Figure 3 d). AdaIN's
-      mean depends on the share of an object: a toy one fills 3% of 96x96, 0.2% of 384x384 pixels.
+      mean depends on the share of an object: a toy one fills 2% of 96x96, 0.1% of 384x384 pixels.
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
-      no numbers; released code has three layers before its only AdaIN.
+      no numbers; released code has one AdaIN after three (`python -m lab.variants` compares).
     Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
-    Choice: the last layer gives stride^2 values a cell, one for each of its pixels."""
+    Choice: the last layer gives stride^2 values a cell, one for each of its pixels.
+    As in released code scales are 1 + what the controller says, and the logit is x / 5 - 1.7, so
+    that training starts near p = .15: most pixels are not the object's."""
 
     def __init__(self, channels, stride, *, width=32, blocks=3, window=None, radius=280,
                  coordinates=True):
@@ -172,16 +183,20 @@ class InstanceSelection(nn.Module):
         shared = self.share(features) if shared is None else shared            # W_F * F
         q = bilinear(features, points, self.stride).flatten(0, 1)              # [B K, C]
         scales, shifts = (v.split(self.width, 1) for v in self.controller(q))
-        K, points = points.shape[1], points.flatten(0, 1)
+        points = points.flatten(0, 1)
         around, size = self.corners(points, features.shape[2:])
         corners = around if corners is None else corners
-        x = shared.movedim(1, -1)[window_index(corners, size, K)].movedim(-1, 1)
+        x = windows(shared.movedim(1, -1), corners, size).movedim(-1, 1)
         if self.place is not None:
             x = x + self.place(self.relative(points, corners * self.stride, size))   # + W_X * X
-        x = self.adain(F.relu(x), scales[0], shifts[0])
+        return 0.2 * self.mask(F.relu(x), scales, shifts)[:, 0] - 1.7, corners * self.stride
+
+    def mask(self, x, scales, shifts):
+        """All after the first layer: x [N, width, h, w] -> [N, 1, h stride, w stride]."""
+        x = self.adain(x, 1 + scales[0], shifts[0])
         for layer, scale, shift in zip(self.adapted, scales[1:], shifts[1:]):
-            x = self.adain(F.relu(layer(x)), scale, shift)
-        return F.pixel_shuffle(self.layers(x), self.stride)[:, 0], corners * self.stride
+            x = self.adain(F.relu(layer(x)), 1 + scale, shift)
+        return F.pixel_shuffle(self.layers(x), self.stride)
 
 
 # --- 3 Training and appendix A: which points, which loss --------------------------------------
@@ -230,82 +245,61 @@ binary_cross_entropy = partial(focal_loss, gamma=0)            # BCE = -log p, t
 
 # --- 4 Class-agnostic instance segmentation: the greedy algorithm -----------------------------
 
-class Answer(NamedTuple):
-    """What the network says at one point, within the image."""
-    confidence: torch.Tensor  # C, float [h, w], on the window; elsewhere C = 0
-    mask: torch.Tensor        # M = [C > T], bool [h, w]
-    window: tuple             # slices of the image's rows and columns
-
-
-def random_rounds(ask, unknown, per_round, generator):
-    """Section 6: `per_round` random unknown points a round; yields the Answer with "the highest
-    average confidence of the object mask". The caller updates `unknown` bool [H, W].
-    Choice: no pixel is asked twice."""
-    fresh, width = unknown.clone(), unknown.shape[1]           # fresh: not asked yet
-    while (pixels := (unknown & fresh).flatten().nonzero()[:, 0]).numel():
-        if len(pixels) > per_round:
-            chosen = torch.randperm(len(pixels), generator=generator)[:per_round]
-            pixels = pixels[chosen.to(pixels.device)]
-        fresh.view(-1)[pixels] = False
-        answers = ask(torch.stack([pixels % width, pixels // width], 1) + 0.5)
-        means = [(a.confidence * a.mask).sum() / a.mask.sum().clamp(min=1) for a in answers]
-        yield answers[int(torch.stack(means).argmax())]
-
-
-def given_rounds(ask, unknown, per_round, points):
-    """Section 5: the points [n, 2] in order, one a round; points on known pixels are skipped.
-    Yields their Answers. `per_round` points run at once: faster, with the same result."""
-    while len(points := points[unknown[points[:, 1].long(), points[:, 0].long()]]):
-        batch, points = points[:per_round], points[per_round:]
-        for (x, y), answer in zip(batch.long().tolist(), ask(batch)):
-            if unknown[y, x]:                                  # no mask of this batch covers it
-                yield answer
-
-
 @torch.no_grad()
 def segment_instances(propose, unknown, threshold=0.5, overlap=0.5, per_round=7, patience=20, *,
-                      points=None, min_area=1, generator=None):
+                      points=None, background=None, min_area=1, generator=None):
     """All objects of an image -> labels int64 [H, W] (0: none), scores [n]: mean confidences.
 
     propose(points [N, 2]) -> (C [N, h, w], corners [N, 2]): the confidences in a window around each
     point and its upper left pixel (x, y). `unknown` bool [H, W]: where S, the map of segmented
-    objects, starts as unknown. points [n, 2]: ask there, in this order; None: at random.
+    objects, starts as unknown. points [n, 2]: ask there, in this order (section 5); None: at
+    random, of `per_round` points that with "the highest average confidence" (section 6).
+    background float [H, W]: 1 - the sum of p_l over things, which takes part in the argmax.
 
         repeat: an answer M = [C > T];  if |M and S| < overlap |M|:  add the object,  S = S or M
         in the end: R(x, y) = argmax_i C_i(x, y) over the objects with C_i > T
 
     It ends when no point is left on unknown pixels. Choice: or after `patience` rounds in a row
-    without a new object (released code: 40 in all); objects under `min_area` pixels are dropped.
-    Choice: overlap is a share of M; the first object is tested too; a score is a mean over R."""
-    unknown, size, device = unknown.clone(), unknown.shape, unknown.device   # the complement of S
-
-    def ask(batch):
-        answers, (C, corners) = [], propose(batch)
-        for c, (x, y) in zip(C.float(), corners.tolist()):
-            c = c[:size[0] - y, :size[1] - x]                  # the last cell may reach beyond
-            window = (slice(y, y + c.shape[0]), slice(x, x + c.shape[1]))
-            answers.append(Answer(c, c > threshold, window))
-        return answers
-
-    rounds = random_rounds(ask, unknown, per_round, generator=generator)
-    if points is not None:
-        rounds = given_rounds(ask, unknown, per_round, points=points.to(device))
-    objects, failures = [], 0
-    for answer in rounds:
-        common = (answer.mask & ~unknown[answer.window]).sum()                     # |M and S|
-        failures += 1
-        if common < overlap * answer.mask.sum():
-            objects.append(answer)
-            unknown[answer.window] &= ~answer.mask                                 # S = S or M
-            failures = 0
-        if failures >= patience:
+    without a new object (released code: 40 in all); no pixel is asked twice; objects under
+    `min_area` pixels are dropped; overlap is a share of M; the first object is tested too; a score
+    is a mean over R. As in released code, confidence is the mean of C where C > .2."""
+    (H, W), device = unknown.shape, unknown.device
+    unknown, fresh, objects, failures = unknown.clone(), unknown.clone(), [], 0
+    while failures < patience:
+        if points is None:
+            pixels = (unknown & fresh).nonzero().flip(1)       # (x, y) of those not asked yet
+            order = torch.randperm(len(pixels), generator=generator)[:per_round]
+            batch = pixels[order.to(device)] + 0.5
+        else:
+            points = points[unknown[points[:, 1].long(), points[:, 0].long()]]
+            batch, points = points[:per_round], points[per_round:]
+        if len(batch) == 0:
             break
-    labels = torch.zeros(size, dtype=torch.int64, device=device)
-    highest = torch.full(size, float(threshold), device=device)
-    for i, answer in enumerate(objects, 1):                    # R; of equals the first stays
-        higher = answer.confidence > highest[answer.window]
-        highest[answer.window][higher] = answer.confidence[higher]
-        labels[answer.window][higher] = i
+        C, corners = propose(batch)
+        (x, y), answers = batch.long().unbind(1), []
+        for c, (left, top) in zip(C, corners.tolist()):
+            c = c[:H - top, :W - left].float()                 # the last cell may reach beyond
+            answers.append((c, (slice(top, top + c.shape[0]), slice(left, left + c.shape[1]))))
+        fresh[y, x], turns = False, range(len(batch))
+        if points is None:
+            means = [c[c > 0.2].mean().nan_to_num() for c, _ in answers]
+            turns = [int(torch.stack(means).argmax())]
+        for k in turns:
+            if not unknown[y[k], x[k]] or failures == patience:
+                continue                                       # a mask of this batch covers it
+            c, window = answers[k]
+            mask, failures = c > threshold, failures + 1                           # M
+            if (mask & ~unknown[window]).sum() < overlap * mask.sum():             # |M and S|
+                unknown[window] &= ~mask                                           # S = S or M
+                objects.append(answers[k])
+                failures = 0
+    labels = torch.zeros(H, W, dtype=torch.int64, device=device)
+    highest = torch.full((H, W), float(threshold), device=device)
+    highest = highest if background is None else highest.maximum(background)
+    for i, (c, window) in enumerate(objects, 1):               # R; of equals the first stays
+        higher = c > highest[window]
+        highest[window][higher] = c[higher]
+        labels[window][higher] = i
     area, total = (torch.bincount(labels.flatten(), weights, minlength=len(objects) + 1)[1:]
                    for weights in (None, highest.flatten()))
     keep = area >= max(min_area, 1)
@@ -361,6 +355,7 @@ class AdaptIS(nn.Module):
         self.points, self.loss, self.threshold, self.flip = points, loss, threshold, flip
         self.search = dict(per_round=per_round, patience=patience, min_area=min_area)
         self.stuff_area, self.proposal_share = stuff_area, proposals
+        self.random_points = not proposals
 
     def stages(self, fit):
         """[(name, optimiser, steps), ...]: all but the proposal branch, then that branch alone. The
@@ -401,7 +396,7 @@ class AdaptIS(nn.Module):
                 points[b], ids[b] = sample_points(segments[b], objects, K)
         features = self.encoder(images)
         logits, corners = self.selection(features, points)
-        window = segments[window_index(corners, logits.shape[1:], K)]
+        window = windows(segments, corners, logits.shape[1:])
         masks, known, some = window == ids.view(-1, 1, 1), window > 0, ids > 0
         if second:                                             # which points make good masks?
             area = (segments == ids[:, :1, None]).sum((1, 2))[:, None]         # of all the object
@@ -426,9 +421,10 @@ class AdaptIS(nn.Module):
         the things on the rest; random points come from seed 0, so that results repeat. A thing's
         category is l(M) = argmax_l of the sum of p_l over its pixels in R (paper: over M). With
         `flip` all probabilities are means over V = 2 views, the image and its mirror image.
-        Choice: l(M) is a thing's and wins over stuff. Other pixels that look like a thing are void.
+        As in released code a background, 1 - the sum of p_l over things, takes part in the argmax:
+        no mask takes pixels that are stuff for sure. Other pixels that look like a thing are void.
         Deviation: stuff of fewer than `stuff_area` pixels (of 1024x2048, scaled with the image) is
-          void. Released code drops none, and gives R a background of 1 - sum of p_thing."""
+          void. Released code drops none."""
         (H, W), s, classes, V = image.shape[1:], self.stride, len(self.isthing), 1 + self.flip
         image = F.pad(image[None], (0, -W % s, 0, -H % s), mode="replicate")
         features = self.encoder(torch.cat([image, image.flip(-1)])[:V])        # [V, C, h, w]
@@ -448,10 +444,13 @@ class AdaptIS(nn.Module):
         logits = [F.interpolate(branch(features).float(), scale_factor=s, mode="bilinear")
                   for branch in (self.semantic, self.proposal) if branch]
         semantic = mean(logits[0].softmax(1))[:, :H, :W]                       # [classes, H, W]
-        points = local_maxima(mean(logits[1].sigmoid())[0, :H, :W]) if self.proposal else None
+        points = None                                          # at random
+        if not self.random_points:
+            points = local_maxima(mean(logits[1].sigmoid())[0, :H, :W])
         category = semantic.argmax(0)
         labels, scores = segment_instances(
             propose, self.isthing[category], self.threshold, points=points,
+            background=1 - semantic[self.isthing].sum(0),
             generator=torch.Generator().manual_seed(0), **self.search)
         n = len(scores)
         sums = semantic.new_zeros(n + 1, classes)
@@ -481,7 +480,7 @@ class UNet(nn.Module):
     Choice: the text says no more than "U-Net". This one first folds 2x2 pixels into channels, which
     saves three quarters of the work. `widths` are the channels at strides 2, 4, 8, 16."""
 
-    def __init__(self, widths=(32, 64, 96, 128), channels=32, stride=2):
+    def __init__(self, widths=(48, 96, 160, 224), channels=32, stride=2):
         super().__init__()
         self.stride, self.channels, pairs = stride, channels, list(zip(widths, widths[1:]))
         self.multiple = stride * 2 ** len(pairs)
@@ -489,6 +488,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(nn.Sequential(conv(a, b), conv(b, b)) for a, b in pairs)
         self.up = nn.ModuleList(conv(a + b, a) for a, b in pairs)
         self.last = conv(widths[0], channels)
+        self.to(memory_format=torch.channels_last)             # faster by a tenth
 
     def forward(self, images):
         h, w = images.shape[-2:]
@@ -517,4 +517,4 @@ if __name__ == "__main__":
 # 1. Set window=None in lab/recipes.py (adaptis on cells) and run the demo. Does it learn 96x96
 #    images as well? What becomes of larger ones?
 # 2. In `focal_loss` drop `.detach()`. Which test fails? What makes NFL small now?
-# 3. In `random_rounds` take the first answer, not the surest. Which tests fail?
+# 3. In `segment_instances` take the first of seven answers, not the surest. Which tests fail?

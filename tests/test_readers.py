@@ -17,7 +17,6 @@ from test_data import loop_box, random_sample
 
 
 # --- Cityscapes and IDD -----------------------------------------------------------------------
-
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(array)).save(path)
@@ -87,7 +86,6 @@ def test_idd_has_level_3_labels_and_a_test_split_none(tmp_path):
 
 
 # --- COCO's format ----------------------------------------------------------------------------
-
 CATEGORIES = [Category("grass", False, (1, 2, 3)), Category("cow", True, (4, 5, 6)),
               Category("sky", False, (7, 8, 9))]
 
@@ -166,7 +164,6 @@ def test_coco_and_vistas_layouts_are_read(tmp_path, split, pngs, js, images):
 
 
 # --- Damage: one sentence with the file and the remedy ----------------------------------------
-
 def city_tree(root, table="cityscapes", ids=IDS, ending="gtFine_instanceIds"):
     tree(root, ids, ending=ending)
     return dict(read=lambda: Cityscapes(root, "val", table), root=root, labels=root / "gtFine",
@@ -273,7 +270,6 @@ def test_damage_is_named_in_one_sentence(tmp_path, build, part, damage, words):
 
 
 # --- Images of your own -----------------------------------------------------------------------
-
 SEEN = [[0, 102], [153, 255]]
 GREY = np.array(SEEN, np.uint8)
 RGB = np.stack([GREY, GREY.T, 255 - GREY], -1)
