@@ -113,8 +113,7 @@ def unread(values, method):
     if method == "adaptis":
         found["fit", "decay_norms"] = "adaptis does not read it; the other methods do"
     if values["fit"]["poly"] or values["fit"]["cosine"]:
-        found["fit", "drops"] = ("with fit.poly or fit.cosine the rate falls smoothly; set fit.poly=0 "
-                                 "and fit.cosine=False, too")
+        found["fit", "drops"] = "the rate falls smoothly; set fit.poly=0 fit.cosine=False too"
     return found
 
 
