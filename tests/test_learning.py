@@ -45,7 +45,7 @@ def test_the_toy_street_is_learnt_in_minutes(tmp_path):
 
 # One small frame: enlarged four times, whole, neither scaled nor mirrored.
 BY_HEART = ["body.name=small", "body.weights=none", "body.width=64", "body.extra=2",
-            "model.canonical=112", "crops.canonical=112", "model.anchor_scale=2",
+            "model.canonical=112", "model.anchor_scale=2",
             "model.ratios=(0.2, 0.5, 1, 2, 5)", "crops.scale=(1, 1)", "crops.flip=0",
             "crops.short_side=512", "fit.batch=1", "model.stuff_area=0", "model.rois=128",
             "model.proposals=200", "model.window=16", "fit.lr=0.02", "fit.drops=(0.7, 0.9)"]
