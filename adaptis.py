@@ -75,7 +75,7 @@ def adain(x, scale, shift):
 
 
 class AdaIN(nn.Module):
-    """The same in one pass instead of seven: batch norm of one image that has N C channels."""
+    """The same as one operation, which is faster: batch norm of one image with N C channels."""
 
     def forward(self, x, scale, shift):
         channels = x.contiguous().view(1, -1, *x.shape[2:])    # [1, N C, h, w]
@@ -488,7 +488,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(nn.Sequential(conv(a, b), conv(b, b)) for a, b in pairs)
         self.up = nn.ModuleList(conv(a + b, a) for a, b in pairs)
         self.last = conv(widths[0], channels)
-        self.to(memory_format=torch.channels_last)             # faster by a tenth
+        self.to(memory_format=torch.channels_last)             # 7% faster on a CPU
 
     def forward(self, images):
         h, w = images.shape[-2:]

@@ -6,7 +6,7 @@ from data import Category, Sample
 
 # Red with a blue rim, as in the authors' clear image. Deviation: the paper's text says "blue with
 # red boundary". Rim and spread are the best of 48 by the mean colours at 1, 2 and 3 pixels from the
-# outline, beside ground and beside cells: they differ from that image's by 3 of 255 in the mean.
+# outline, beside ground and beside cells. With JPEG's colour they differ by 3 of 255 in the mean.
 BODY, RIM = np.array([[246, 3, 8], [0, 0, 255]], np.float32)[:, :, None, None] / 255
 REACH = 25          # pixels: half of the patch on which a cell is painted
 LONGEST = 47        # pixels: the longest cell
@@ -46,10 +46,12 @@ class OverlappingCells:
     depends on (seed, i) alone. [i] -> Sample: segment 1 is the ground, which is stuff, then come
     the cells. No pixel is void.
 
-    Sizes, colours and noise are measured on the authors' image of 700 cells: lengths 19 to 45 (5%
-    and 95%), the smallest visible area 31 pixels, centres 11 pixels inside the image.
-    Choice: a cell of which fewer than 30 pixels would show is not painted; another one is drawn.
+    Sizes and colours follow the authors' image of 700 cells, where the longest extents of visible
+    cells are 14, 27, 41 and 48 pixels (5%, 50%, 95%, all; here 15, 27, 42 and 48), the smallest
+    area is 31 pixels and centres lie 11 pixels inside. Strengths of blur and noise: see `disturb`.
     Choice: lengths are normal with mean 29 and deviation 8, within 16 and 47; widths 6.5 to 10.
+    Choice: a cell of which fewer than 30 pixels would show is not painted. Half as many cells again
+      are drawn to replace such cells; where these do not suffice, the image has fewer.
     Choice: with `twins` that share of the cells copies the cell in front of it: same size, nearly
       the same centre, either mirrored, so that their boxes coincide, or turned by a few degrees.
       Twins are what a box cannot tell apart. The paper draws places at random: the default is 0."""

@@ -114,6 +114,8 @@ def unread(values, method):
         found["fit", "decay_norms"] = "adaptis does not read it; the other methods do"
     if values["fit"]["poly"] or values["fit"]["cosine"]:
         found["fit", "drops"] = "the rate falls smoothly; set fit.poly=0 fit.cosine=False too"
+    if values["fit"]["cosine"]:
+        found["fit", "poly"] = "the rate falls like a cosine; set fit.cosine=False too"
     return found
 
 

@@ -3,7 +3,8 @@
     python -m lab.variants [--seconds 60] [--seeds 3] [--only NAME ...]
 
 A variant changes one thing. All variants train for the same seconds of one thread's computing time,
-on the same images; AP is that of 50 images of val. The difference is paired by seed.
+on the same sequence of images; a faster one sees more of them. AP is that of 50 images of val. The
+difference is paired by seed.
 """
 import argparse
 import time
