@@ -146,7 +146,7 @@ def disturb(image, random):
         image = sum(k * edge[:, :, i:i + w] for i, k in enumerate(kernel))
     if noisy:
         noise = random.standard_normal(image.shape[1:], dtype=np.float32)
-        image = image + np.float32(strength) * noise
+        image = np.minimum(np.maximum(image + np.float32(strength) * noise, 0), 1)
     if blocks:
         light = np.tensordot(np.float32([0.299, 0.587, 0.114]), image, 1)
         colour = np.pad(image - light, ((0, 0), (0, h % 2), (0, w % 2)), mode="edge")

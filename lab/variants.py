@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptis import (AdaptIS, InstanceSelection, RelativeCoordConv, UNet, conv,
-                     normalized_focal_loss)
+from adaptis import (AdaptIS, InstanceSelection, RelativeCoordConv, UNet, binary_cross_entropy,
+                     conv, focal_loss, normalized_focal_loss)
 from lab.ap import AveragePrecision
 from lab.cells import OverlappingCells
 from lab.demo_adaptis import ISTHING, build, fit, measure
@@ -127,7 +127,13 @@ VARIANTS = {
     "window of 96 pixels": lambda: changed(window=(96, 96)),
     "stride 1": stride_1,
     "a tail of stride 1": lambda: with_head(Tail, WithImage),
+    "8 to 22 cells in training images": changed,
+    "12 points an image": lambda: changed(points=12),
+    "FL instead of NFL": lambda: changed(loss=focal_loss),
+    "BCE instead of NFL": lambda: changed(loss=binary_cross_entropy),
+    "no coordinates": lambda: changed(coordinates=False),
 }
+TRAINING = {"8 to 22 cells in training images": dict(count=(8, 22))}   # settings of `fit`
 
 
 def measured(name, seconds, seed):
@@ -135,7 +141,8 @@ def measured(name, seconds, seed):
     world = World("cpu", threads=1)
     torch.manual_seed(seed)
     model = VARIANTS[name]()
-    seen = fit(model.train(), seconds, world, clock=time.process_time, quiet=True)
+    seen = fit(model.train(), seconds, world, clock=time.process_time, quiet=True,
+               **TRAINING.get(name, {}))
     model.eval().random_points = True
     images = OverlappingCells(50, seed=SEEDS["val"])
     meters = AveragePrecision(2, (0.5, 0.9)), PanopticQuality(ISTHING)

@@ -801,7 +801,7 @@ def test_the_cells_are_those_that_results_were_measured_on():
             corners, size = selection.corners(points, (48, 48))
             first, last = 2 * corners, 2 * (corners + torch.tensor(size).flip(0))
             held.append((first <= box[:2]).all(1) & (last >= box[2:]).all(1))
-    assert digest.hexdigest()[:16] == "b30d023c937a01cb"
+    assert digest.hexdigest()[:16] == "75695a9af818cfd3"
     assert torch.cat(held).float().mean() > 0.998              # the window holds all of the cell
     rods, count = OverlappingCells(1, count=(4, 4), twins=1.0).cells(np.random.default_rng(3))
     boxes = np.abs(np.exp(1j * rods.angle).view(float).reshape(-1, 2))         # times the length
