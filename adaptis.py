@@ -514,7 +514,7 @@ if __name__ == "__main__":
     command_line(demo, __doc__, quick="train for ten seconds", full="train for fifty minutes")
 
 # Exercises
-# 1. Set window=None in lab/recipes.py (adaptis on cells) and run the demo. Does it learn 96x96
-#    images as well? What becomes of larger ones?
+# 1. Let `corners` use the whole map, whatever `window` says. Which test fails? What becomes of
+#    larger images, by the demo's table?
 # 2. In `focal_loss` drop `.detach()`. Which test fails? What makes NFL small now?
 # 3. In `segment_instances` take the first of seven answers, not the surest. Which tests fail?

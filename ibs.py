@@ -326,5 +326,5 @@ if __name__ == "__main__":
 # 1. Let `pick_targets` take any other crop, as the paper does. Which test fails first? Train on
 #    four images, whose crops overlap in nearly every batch: does the demo's table notice?
 # 2. Supervise stuff too: `is_thing` all True. Why does PQ_st fall in the demo's table?
-# 3. Two kernels of a thing have the logits 10 and -30 on a pixel of another crop. `ibs_loss` of
-#    their mean is 7e-14; the mean of both losses is 3.75. Which does lab/kernels.py use? Try both.
+# 3. Let `ibs_loss` see one mask a crop: of the mean of its things' embeddings. Two of them have the
+#    logits 10 and -30 on a pixel. Which test shows what their mean hides?

@@ -306,5 +306,5 @@ if __name__ == "__main__":
 # Exercises
 # 1. Let segments match at IoU >= 1/2. Which sentence of the docstring breaks, which test notices?
 # 2. Let each stuff segment without a partner add 1/2 to |M_c| of PQ-dagger. Which tests fail?
-# 3. In the demo give the two large cars the widths 60 and 40. PQ_th and Acc_th recover. Up to which
-#    T does `confusion_ratio` still see the error?
+# 3. PQ jumps by 51 where an IoU passes 1/2. Change `update` so that it jumps by less than 5. What
+#    is the price?

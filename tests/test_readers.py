@@ -273,8 +273,6 @@ def test_damage_is_named_in_one_sentence(tmp_path, build, part, damage, words):
 SEEN = [[0, 102], [153, 255]]
 GREY = np.array(SEEN, np.uint8)
 RGB = np.stack([GREY, GREY.T, 255 - GREY], -1)
-
-
 BLEND = [[255, 194], [194, 255]]                               # 255 - a (255 - v) / 255 for a = v
 
 
