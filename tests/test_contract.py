@@ -1,6 +1,7 @@
 """One contract for all methods, box losses and samplers: void and crowd teach nothing, empty input
 gives 0 with gradients, numbering does not matter, autocast works, predictions are well formed."""
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -157,26 +158,17 @@ def test_a_box_loss_is_0_at_the_truth_and_takes_no_boxes(loss):
 @pytest.mark.parametrize("mode", [*train.SAMPLERS])
 def test_a_sampler_yields_whole_batches_that_depend_on_seed_and_step_alone(mode, scenes):
     dataset = worlds.Drawn(scenes)
-    table = isus.build_index(dataset)
-    how = dict(size=(48, 64), batch=4, seed=3, jitter=0.2)
-    if mode == "paired":
-        samplers = [ibs.PairedCropSampler(dataset, table, **how, start=s) for s in (0, 1)]
-    else:
-        samplers = [isus.CropSampler(dataset, table, mode=mode, **how, start=s) for s in (0, 1)]
-    first = iter(samplers[0])
+    kind = ibs.PairedCropSampler if mode == "paired" else partial(isus.CropSampler, mode=mode)
+    make = partial(kind, dataset, isus.build_index(dataset), size=(48, 64), seed=3, jitter=0.2)
+    first = iter(make(batch=4, start=0))
     next(first)
     images, targets = next(first)
-    again, same = next(iter(samplers[1]))
+    again, same = next(iter(make(batch=4, start=1)))
     assert images.shape[0] == len(targets) == 4 and torch.equal(images, again)
     for a, b in zip(targets, same):
         assert torch.equal(a.segments, b.segments) and a.image_id == b.image_id
         assert a.segments.shape == images.shape[2:]
         assert a.segments.max() == len(a.categories)
-    halves = []
-    for rank in (0, 1):
-        kind = ibs.PairedCropSampler if mode == "paired" else isus.CropSampler
-        extra = {} if mode == "paired" else {"mode": mode}
-        halves.append(kind(dataset, table, **{**how, "batch": 2}, **extra, start=1, rank=rank,
-                           world=2).batch(1))
-    ids = sorted(t.image_id for _, half in halves for t in half)
+    halves = [make(batch=2, start=1, rank=rank, world=2).batch(1)[1] for rank in (0, 1)]
+    ids = sorted(t.image_id for half in halves for t in half)
     assert ids == sorted(t.image_id for t in targets)          # two processes share the same crops

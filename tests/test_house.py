@@ -159,3 +159,16 @@ def test_the_product_speaks_of_itself_alone():
 
 def test_figures_stay_under_six_megabytes():
     assert sum(p.stat().st_size for p in (ROOT / "figures").iterdir()) < 6_000_000
+
+
+def test_what_a_claim_names_exists():
+    """Functions, figures, titles in RESULTS.md: a claim names what a reader can look up."""
+    sources = {p.stem: p.read_text() for p in PYTHON if p.parent.name != "tests"}
+    defined = {n for text in sources.values() for n in re.findall(r"(?:def|class) (\w+)", text)}
+    calls = [c for p in (ROOT / "tests").glob("*.py") for c in ast.walk(ast.parse(p.read_text()))
+             if isinstance(c, ast.Call) and getattr(c.func, "id", "") == "claim"]
+    for said in ({k.arg: k.value.value for k in call.keywords} for call in calls):
+        assert set(said["of"].split(".")) <= defined | set(sources), said
+        assert (ROOT / "figures" / said.get("figure", "")).exists(), said
+        assert f"\n## {said.get('result', '')}" in (ROOT / "RESULTS.md").read_text(), said
+    assert len(calls) > 90

@@ -568,7 +568,7 @@ def test_the_body_is_a_leaky_resnet_and_its_pyramid():
     assert len(relus) == 5 and all(r.negative_slope == 0.01 for r in relus)
 
 
-@claim("porzi2019", "5.1", "frozen parameters, and none in 'no freeze'", of="resnet_fpn")
+@claim("porzi2019", "5.1", "frozen parameters, and none in 'no freeze'", of="Body")
 @pytest.mark.parametrize("frozen, norms", [(0, False), (1, False), (2, True)])
 def test_frozen_stages_and_norms_neither_learn_nor_drift(frozen, norms):
     """frozen=2: stem, conv2; frozen_norm: all norms and statistics, also of synchronised norms."""
