@@ -9,7 +9,6 @@
 The texts stand at the end of each file, what the marker looks for in lab/answers.py. Nothing in the
 repository changes: the tests run in a temporary copy, with your file in place of the original.
 """
-import argparse
 import ast
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from data import DataError
+from lab import ends
 from lab.answers import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,40 +148,37 @@ def solved(file, number):
 
 
 def main(argv=None):
-    """Lists, copies, marks or solves."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Lists, copies, marks or solves. Exit code 0: right; 1: not yet; 2: nothing to mark."""
+    parser = ends.Parser(__doc__)
     parser.add_argument("file", nargs="?", choices=sorted({f for f, _ in ANSWERS}))
     parser.add_argument("number", nargs="?", type=int, choices=(1, 2, 3))
     parser.add_argument("--solve", action="store_true", help="print the answer")
     args = parser.parse_args(argv)
-    if args.number is None:
-        for file, number in ANSWERS:
-            if args.file in (None, file):
-                print(f"{file} {number}: {text_of(file, number)}", end="\n\n")
-        return
     file, number = args.file, args.number
     copy = PLACE / f"{file}_{number}.py"
-    try:
-        if args.solve:
-            for old, new in ANSWERS[file, number].change:
-                print(f"{old}\n  becomes\n{new}\n")
-            print(mark(file, number, solved(file, number))[1])
-        elif not copy.exists():
-            PLACE.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / f"{file}.py", copy)
-            print(f"{text_of(file, number)}\n\nChange {copy}, then give this command again.")
-        elif not (names := changed_parts(file, copy)):
-            parser.error(f"{copy} does what the original does: change it first. The exercise: "
-                         f"{text_of(file, number)}")
-        else:
-            print(f"changed: {', '.join(name or 'outside of functions' for name in names)}")
-            right, sentence = mark(file, number, copy.read_text())
-            print(sentence)
-            sys.exit(not right)
-    except DataError as e:
-        parser.error(str(e))
+    if number is None:
+        for other in ANSWERS:
+            if file in (None, other[0]):
+                print(f"{other[0]} {other[1]}: {text_of(*other)}", end="\n\n")
+    elif args.solve:
+        for old, new in ANSWERS[file, number].change:
+            print(f"{old}\n  becomes\n{new}\n")
+        print(mark(file, number, solved(file, number))[1])
+    elif not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"{file}.py", copy)
+        print(f"{text_of(file, number)}\n\nChange {copy}, then give this command again.")
+    else:
+        names = changed_parts(file, copy)
+        if not names:
+            raise DataError(f"{copy} does what the original does: change it first. The exercise: "
+                            f"{text_of(file, number)}")
+        print(f"changed: {', '.join(name or 'outside of functions' for name in names)}")
+        right, sentence = mark(file, number, copy.read_text())
+        print(sentence)
+        sys.exit(not right)
 
 
 if __name__ == "__main__":
-    main()
+    with ends.one_sentence("lab.exercise"):
+        main()
