@@ -150,7 +150,7 @@ class InstanceSelection(nn.Module):
       the whole image (window=None) and finds 234 of 250 cells of a large one (Figure 3 d). AdaIN's
       mean depends on the share of an object: a toy one fills 2% of 96x96, 0.1% of 384x384 pixels.
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
-      no numbers; released code has one AdaIN after three (`python -m lab.variants` compares).
+      no numbers; released code has one AdaIN after three (as good: `python -m lab.variants`).
     Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
     Choice: the last layer gives stride^2 values a cell, one for each of its pixels.
     As in released code scales are 1 + what the controller says, and the logit is x / 5 - 1.7, so
