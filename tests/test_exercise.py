@@ -14,6 +14,9 @@ def test_the_marker_accepts_the_answer_and_nothing_less(file, number):
     if number == 1:
         right, sentence = exercise.mark(file, 1, (exercise.ROOT / f"{file}.py").read_text())
         assert not right and "passes still" in sentence
+    if (file, number) == ("pq", 1):                            # more than was asked
+        source = exercise.solved(file, 1).replace("iou >= 0.5", "iou > 0.4")
+        assert "and should not" in exercise.mark(file, 1, source)[1]
 
 
 def test_a_copy_is_made_refused_while_unchanged_and_marked(tmp_path, monkeypatch, capsys):
