@@ -66,10 +66,10 @@ ANSWERS["data", 3] = Answer(
              "x1, y1, x2, y2 = mask_boxes(sample.segments[rows][:, columns], len(boxes)).T.long()"),
             ("    y1, y2 = (torch.searchsorted(rows, boxes[:, i].long()) for i in (1, 3))\n", "")),
     fail=(LOOPS,), hold=(COLLATE,),
-    measure=lambda: one_crop([[1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]], (1, 3),
-                             (1, 3)).full_boxes[0, :2].sum().item(),
-    what="where a thing with a thin tip begins, when half the resolution shows nothing of the tip",
-    right=lambda before, now: now >= before, wanted="The tip must be lost.",
+    measure=lambda: one_crop([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], (1, 3),
+                             (1, 3)).full_boxes[0, 0].item(),
+    what="left side of a thing with a thin tip, when half the resolution shows nothing of the tip",
+    right=lambda before, now: now > before, wanted="The tip must be lost.",
     why="A tip that is narrower than a new pixel has no centre below it.")
 
 # --- pq.py ------------------------------------------------------------------------------------

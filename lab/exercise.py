@@ -63,13 +63,10 @@ def changed_parts(file, copy):
 
 def world_with(file, source, folder):
     """Copies the repository's programs and tests to `folder`, with `source` in place of a file."""
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), ROOT / "pytest.ini"):
         shutil.copy(path, folder)
     for name in ("lab", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "RESULTS.md", "pytest.ini"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
     (folder / f"{file}.py").write_text(source)
 
 

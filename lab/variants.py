@@ -128,7 +128,6 @@ VARIANTS = {
     "stride 1": stride_1,
     "a tail of stride 1": lambda: with_head(Tail, WithImage),
     "8 to 22 cells in training images": changed,
-    "12 points an image": lambda: changed(points=12),
     "FL instead of NFL": lambda: changed(loss=focal_loss),
     "BCE instead of NFL": lambda: changed(loss=binary_cross_entropy),
     "no coordinates": lambda: changed(coordinates=False),
