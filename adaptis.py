@@ -39,8 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (IGNORE, Prediction, command_line, mask_boxes, nearest, new_numbers,
-                  semantic_target, thing_truth)
+from data import IGNORE, Prediction, command_line, mask_boxes, nearest, new_numbers
 
 
 def example():
@@ -201,6 +200,15 @@ class InstanceSelection(nn.Module):
 
 # --- 3 Training and appendix A: which points, which loss --------------------------------------
 
+def one_of(groups, ids, generator=None):
+    """A random member of each group in `ids`: groups int64 [M], the group of each of M members ->
+    indices of members, int64, as many as ids."""
+    size = torch.bincount(groups)
+    first = size.cumsum(0) - size                              # in the order of the groups
+    share = torch.rand(ids.shape, generator=generator, device=ids.device)
+    return groups.argsort(stable=True)[first[ids] + (share * size[ids]).long()]
+
+
 def sample_points(segments, objects, count, generator=None):
     """Object-level stratification: "a random object and then ... a random point at that object",
     `count` times. So small objects are asked for as often as large ones. segments int64 [H, W],
@@ -209,12 +217,31 @@ def sample_points(segments, objects, count, generator=None):
     if len(objects) == 0 or not area[objects].all():
         raise ValueError(f"objects {objects.tolist()}: at least one is needed, each with a pixel")
     width, device = segments.shape[1], segments.device
-    by_segment = segments.flatten().argsort(stable=True)       # pixels of segment 0, of 1, ...
-    first = area.cumsum(0) - area                              # where those of segment k begin
     ids = objects[torch.randint(len(objects), (count,), generator=generator, device=device)]
-    share = torch.rand(count, generator=generator, device=device)
-    pixel = by_segment[first[ids] + (share * area[ids]).long()]
+    pixel = one_of(segments.flatten(), ids, generator)
     return torch.stack([pixel % width, pixel // width], 1) + 0.5, ids
+
+
+def sample_batch(targets, isthing, count, same=False):
+    """The same for B Targets at once: in a loop over images a GPU would wait for each. The segments
+    of all images get one numbering. `same`: all points of an image on one object -> points
+    [B, count, 2]; ids [B, count], 0 in an image without objects; segments [B, H, W], 0 where
+    nothing is learnt; the area of each number; the semantic truth [B, H, W]."""
+    void, B = targets[0].crowd.new_ones(1), len(targets)
+    idle = torch.cat([v for t in targets for v in (void, t.crowd)])            # [S]
+    category = torch.cat([v for t in targets for v in (void.long(), t.categories)])
+    image = torch.tensor([b for b, t in enumerate(targets) for _ in range(1 + len(t.crowd))])
+    image, rows = image.to(idle.device), torch.arange(B, device=idle.device)[:, None]
+    first = (image < rows).sum(1)                              # the number of an image's void
+    numbers = torch.stack([t.segments for t in targets]) + first[:, None, None]
+    area, (H, W) = torch.bincount(numbers.flatten(), minlength=len(idle)), numbers.shape[1:]
+    objects = (image == rows) & isthing[category] & ~idle & (area > 0)         # [B, S]
+    draw = torch.rand(B, 1 if same else count, len(idle), device=idle.device)
+    ids = (draw * objects[:, None]).argmax(2).expand(B, count)
+    pixel = one_of(numbers.flatten(), ids) % (H * W)
+    points = torch.stack([pixel % W, pixel // W], 2) + 0.5
+    truth = torch.where(idle, IGNORE, category)[numbers]
+    return points, ids, torch.where(idle[numbers], 0, numbers), area, truth
 
 
 def focal_loss(logits, masks, weight=None, gamma=2, normalized=False):
@@ -383,32 +410,22 @@ class AdaptIS(nn.Module):
         second = learning == {"proposal"}
         for part in (self.encoder, self.selection, self.semantic) if second else ():
             part.eval()                                        # running statistics stay, too
-        segments = torch.stack([F.pad(~t.crowd, (1, 0))[t.segments] * t.segments for t in targets])
-        segments = F.pad(segments, (0, -W % s, 0, -H % s))     # whole cells; the rest is void
         K = 48 if second else self.points
-        points = torch.full((len(images), K, 2), 0.5, device=images.device)
-        ids = segments.new_zeros(len(images), K)               # 0: an image without objects
-        for b, target in enumerate(targets):
-            objects = thing_truth(target, self.isthing)[0]
-            if len(objects) and second:                        # all points on one object
-                objects = objects[torch.randint(len(objects), (1,), device=objects.device)]
-            if len(objects):
-                points[b], ids[b] = sample_points(segments[b], objects, K)
+        points, ids, segments, area, truth = sample_batch(targets, self.isthing, K, same=second)
+        segments = F.pad(segments, (0, -W % s, 0, -H % s))     # whole cells; the rest is void
         features = self.encoder(images)
         logits, corners = self.selection(features, points)
         window = windows(segments, corners, logits.shape[1:])
-        masks, known, some = window == ids.view(-1, 1, 1), window > 0, ids > 0
+        masks, known, some = window == ids.reshape(-1, 1, 1), window > 0, ids > 0
         if second:                                             # which points make good masks?
-            area = (segments == ids[:, :1, None]).sum((1, 2))[:, None]         # of all the object
             found = (logits.float().sigmoid() > self.threshold) & known
             common, claimed = (m.sum((1, 2)).view(ids.shape) for m in (found & masks, found))
-            iou = common / (claimed + area - common)                           # [B, 48]
+            iou = common / (claimed + area[ids] - common)                      # [B, 48]
             good = iou.argsort(1, descending=True).argsort(1) < round(0.2 * K)
             proposed = bilinear(self.proposal(features), points, s)[..., 0]
             each = F.binary_cross_entropy_with_logits(proposed, good.float(), reduction="none")
             return {"proposals": (each * some).sum() / some.sum().clamp(min=1)}
         each = self.loss(logits.float(), masks, known).view(ids.shape) * some
-        truth = torch.stack([semantic_target(t) for t in targets])
         logits = F.interpolate(self.semantic(features).float(), scale_factor=s, mode="bilinear")
         total = F.cross_entropy(logits[..., :H, :W], truth, ignore_index=IGNORE, reduction="sum")
         return {"masks": each.sum() / some.sum().clamp(min=1),

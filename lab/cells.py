@@ -5,8 +5,8 @@ import torch
 from data import Category, Sample
 
 # Red with a blue rim, as in the authors' clear image. Deviation: the paper's text says "blue with
-# red boundary". Rim and spread are the best of 48 by the mean colours at 1, 2 and 3 pixels from the
-# outline, beside ground and beside cells. With JPEG's colour they differ by 3 of 255 in the mean.
+# red boundary". One rim and one spread for all cells: the best of 48 by the mean colours at 1, 2
+# and 3 pixels from the outline, beside ground and beside cells; with JPEG's colour 3 of 255 remain.
 BODY, RIM = np.array([[246, 3, 8], [0, 0, 255]], np.float32)[:, :, None, None] / 255
 REACH = 25          # pixels: half of the patch on which a cell is painted
 LONGEST = 47        # pixels: the longest cell
@@ -14,6 +14,8 @@ INSIDE = 11         # pixels: a cell's centre is so far inside the image
 SMALLEST = 30       # pixels that a cell shows at least
 RIM_WIDTH = 1.2     # pixels
 SPREAD = 0.3        # pixels: ink reaches so far beyond the outline
+THICK, THIN, THICK_SHARE = 2.0, 1.0, 0.2   # varied images: rims in pixels; share of the thick ones
+LARGEST_SPREAD = 0.5                       # varied images: the spread is uniform between 0 and this
 
 
 class Rods:
@@ -52,18 +54,24 @@ class OverlappingCells:
     Choice: lengths are normal with mean 29 and deviation 8, within 16 and 47; widths 6.5 to 10.
     Choice: a cell of which fewer than 30 pixels would show is not painted. Half as many cells again
       are drawn to replace such cells; where these do not suffice, the image has fewer.
+    Choice: `varied` is the share of images that are as uneven as the authors': a fifth of the cells
+      has a rim of 2 pixels, the others of 1; ink spreads by 0 to 0.5 pixels, which differs from
+      cell to cell; blur is released code's, of 2 to 4 pixels. Quantiles over the cells of their
+      clear image: 3 of 255 remain, of one rim and one spread for all cells 13. A blur of an even
+      number of pixels moves the image by half a pixel against its masks.
     Choice: with `twins` that share of the cells copies the cell in front of it: same size, nearly
       the same centre, either mirrored, so that their boxes coincide, or turned by a few degrees.
       Twins are what a box cannot tell apart. The paper draws places at random: the default is 0."""
     categories = [Category("ground", False, (235, 235, 235)), Category("cell", True, (220, 30, 60))]
 
-    def __init__(self, length, size=96, count=(8, 22), seed=0, augment=True, *, twins=0.0):
+    def __init__(self, length, size=96, count=(8, 22), seed=0, augment=True, *, twins=0.0,
+                 varied=0.0):
         self.height, self.width = (size, size) if isinstance(size, int) else size
         if min(self.height, self.width) < 2 * REACH or not 0 <= count[0] <= count[1]:
             raise ValueError(f"size {size}, count {count}: a side must have {2 * REACH} pixels at "
                              f"least, as cells are up to {LONGEST} long; count is (fewest, most)")
         self.length, self.count, self.seed, self.augment = length, count, seed, augment
-        self.twins = twins
+        self.twins, self.varied = twins, varied
 
     def __len__(self):
         return self.length
@@ -83,17 +91,17 @@ class OverlappingCells:
             angle[k] = -angle[k - 1] if random.random() < 0.5 else turned
         return Rods(centre, angle, length, width), count
 
-    def paint(self, rods, count):
+    def paint(self, rods, count, rim=RIM_WIDTH, spread=SPREAD):
         """Paints the first `count` cells that show enough, front first -> image [3, H, W], owner
-        int64 [H, W]: which of them shows, 1..count, 0 for none.
+        int64 [H, W]: which of them shows, 1..count, 0 for none. rim and spread: float or [n, 1, 1].
 
         A pixel at distance d from an outline is covered by clip(1/2 + spread - d, 0, 1). Two layers
         are painted, [all of the cell, its body], each below what is there already; `clear` is the
         share of a pixel that no cell covers yet. The colours follow from the layers in the end."""
         origin = np.floor(rods.centre).astype(int) - REACH                     # [n, 2]
         d = rods.distance(origin)
-        cover = np.minimum(np.maximum(0.5 + SPREAD - d, 0), 1)
-        body = np.minimum(np.maximum(0.5 + SPREAD - RIM_WIDTH - d, 0), 1)
+        cover = np.minimum(np.maximum(0.5 + spread - d, 0), 1)
+        body = np.minimum(np.maximum(0.5 + spread - rim - d, 0), 1)
         clear = np.ones((self.height, self.width), np.float32)
         red = np.zeros_like(clear)
         owner = np.zeros((self.height, self.width), np.int64)
@@ -116,9 +124,17 @@ class OverlappingCells:
         if not 0 <= i < self.length:
             raise IndexError(f"image {i}: there are {self.length}, counted from 0")
         random = np.random.default_rng([self.seed, i])
-        image, owner = self.paint(*self.cells(random))
+        varied = self.varied > 0 and random.random() < self.varied
+        rods, count = self.cells(random)
+        look = ()
+        if varied:
+            n = len(rods.angle)
+            rim = np.where(random.random(n) < THICK_SHARE, THICK, THIN)
+            look = [v.astype(np.float32)[:, None, None]
+                    for v in (rim, random.uniform(0, LARGEST_SPREAD, n))]
+        image, owner = self.paint(rods, count, *look)
         if self.augment:
-            image = disturb(image, random)
+            image = disturb(image, random, box=varied)
         categories = torch.ones(1 + int(owner.max()), dtype=torch.int64)
         categories[0] = 0
         return Sample(torch.from_numpy(image), torch.from_numpy(owner + 1), categories,
@@ -130,15 +146,19 @@ class OverlappingCells:
         return sample.segments, sample.categories, sample.crowd
 
 
-def disturb(image, random):
+def disturb(image, random, box=False):
     """Half of the images each: a Gaussian blur of 0.5 to 1.1 pixels, grey noise of deviation 10/255
     to 40/255, and colour in blocks of 2x2 pixels as JPEG keeps it. Released code has the noise, and
-    a box blur of 2 to 4 pixels; its sample images are JPEG files."""
+    a blur by the mean of 2 to 4 pixels, which is `box`; its sample images are JPEG files."""
     blurred, noisy, blocks = random.random(3) < 0.5
     sigma, strength = random.uniform(0.5, 1.1), random.uniform(10, 40) / 255
     h, w = image.shape[1:]
     if blurred:
-        kernel = np.exp(-0.5 * (np.arange(-3, 4) / sigma) ** 2).astype(np.float32)
+        reach = np.arange(-3, 4)
+        kernel = np.exp(-0.5 * (reach / sigma) ** 2).astype(np.float32)
+        if box:                                                # of 2 or 4: half a pixel to the left
+            side = random.integers(2, 5)
+            kernel = ((-(side // 2) <= reach) & (reach < side - side // 2)).astype(np.float32)
         kernel /= kernel.sum()
         edge = np.pad(image, ((0, 0), (3, 3), (0, 0)), mode="edge")
         image = sum(k * edge[:, i:i + h] for i, k in enumerate(kernel))

@@ -62,8 +62,8 @@ class Drawn:
 
     def keep(self, i, sample):
         image = (sample.image * 255).round().to(torch.uint8)
-        self.kept[i] = (image, sample.segments.to(torch.uint8), sample.categories, sample.crowd,
-                        sample.name)
+        self.kept[i] = (image, sample.segments.to(torch.uint8), sample.categories.clone(),
+                        sample.crowd.clone(), sample.name)     # a helper's tensor is an open file
 
     def fill(self, processes=0):
         """Draws all that is missing, with helper processes, so that loaders share the memory.

@@ -14,7 +14,8 @@ from torch import nn
 
 from adaptis import (AdaIN, AdaptIS, InstanceSelection, RelativeCoordConv, UNet, adain, bilinear,
                      binary_cross_entropy, example, focal_loss, local_maxima,
-                     normalized_focal_loss, sample_points, segment_instances)
+                     normalized_focal_loss, sample_batch, sample_points,
+                     segment_instances)
 from claims import claim
 from data import DataError, Sample, crop, mask_boxes
 from lab import clicks, demo_adaptis, figure_adaptis
@@ -376,6 +377,15 @@ def test_objects_are_drawn_equally_often():
     assert all(abs(n - counts[4] / 4) < 97 for n in pixels)    # pixels, too
     one, _ = sample_points(blocks(4, 5, (3, 4, 4, 5)), torch.tensor([1]), 3, seeded(0))
     assert one.tolist() == [[4.5, 3.5]] * 3                    # an object of one pixel
+    targets = [target(s, [1, 1, 1, 0], [False, False, True, False])        # the third is a crowd,
+               for s in (segments, 0 * segments, segments.flip(0))]        # the fourth is stuff
+    points, ids, known, area, _ = sample_batch(targets, torch.tensor([False, True]), 6000)
+    x, y = points.floor().long().unbind(2)
+    assert not ids[1].any() and torch.equal(known[torch.arange(3)[:, None], y, x][::2], ids[::2])
+    for b, void in ((0, 0), (2, 6)):                           # image 1 has void alone, number 5
+        assert set(ids[b].tolist()) == {void + 1, void + 2} and (known[b] == 0).sum() == 5
+        assert abs((ids[b] == void + 1).sum() - 3000) < 195    # five standard deviations
+        assert area[void:void + 5].tolist() == [1, 90, 1, 4, 4]
 
 
 def masks_of(n=3, seed=0):
@@ -730,7 +740,7 @@ def test_while_proposals_learn_nothing_else_moves():
 
 
 @claim(PAPER, "5", "of 48 points on a random object the top 20% by IoU are positive", of="AdaptIS")
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [2, 5])
 def test_the_proposal_loss_is_that_of_a_loop(seed):
     m = lively(second_stage(small(window=(24, 30), threshold=[0.5, 0.4][seed % 2])), seed)
     calls, each, images = watch(m), [], rand(3, 3, 40, 50, seed=seed)
