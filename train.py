@@ -12,7 +12,8 @@
     python train.py --resume RUN                     goes on as if the run had not stopped
     python train.py --resume RUN --out OTHER         the same in a copy; RUN stays as it is
     python train.py --eval RUN/last.pt               full images, at their native size
-    python train.py --predict RUN/last.pt image.png  your own images
+    python train.py --predict RUN/last.pt image.png  segments image files
+    python train.py --dataset own --root DIR         your own labels: lab/own_images.md
     torchrun --nproc_per_node=8 train.py ...         one process a GPU
 
 This file is the loop and what surrounds it, in the order of a run: settings, data, model, `fit`,
@@ -210,7 +211,7 @@ def build_model(args, categories, world, state=None, path=""):
 
 def train(args, world, folder, state=None):
     """From `state` (a checkpoint) or from the beginning to the evaluation -> its metrics."""
-    dataset = open_dataset(args, "train")
+    dataset = worlds.open_training(args)
     torch.manual_seed(args["seed"])
     model = build_model(args, dataset.categories, world, state, folder / "last.pt")
     torch.manual_seed(args["seed"] + 1000 * world.rank + 1)
@@ -238,7 +239,7 @@ def train(args, world, folder, state=None):
 
     def test(split, into, seconds=0.0, quiet=False):
         about = dict(seed=args["seed"], split=split, minutes=seconds / 60,
-                     steps=args["fit"]["steps"], batch=args["fit"]["batch"],
+                     steps=args["fit"]["steps"], batch=args["fit"]["batch"], settings=args,
                      command=" ".join(["python", *sys.argv]), hardware=world.hardware())
         return evaluate.evaluate(model, open_dataset(args, split), world, into, about=about,
                                  short_side=args["crops"]["short_side"], quiet=quiet,

@@ -1,13 +1,16 @@
 """Every method on the same data set, seed and splits, each by its own recipe: a table, a figure.
 
     python -m lab.compare [--methods seamless maskrcnn ...] [--out DIR] [flags of train.py]
+    python -m lab.compare --import mine --methods seamless mine     with a method of your mine.py
 """
+import importlib
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from data import DataError
 from lab import ends, folders, methods, runs
 from lab.recipes import RECIPES
 
@@ -49,17 +52,23 @@ def draw(rows, title, path):
 def main(argv=None):
     import train
     parser = ends.Parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(methods.METHODS))
+    parser.add_argument("--methods", nargs="+", help="default: all that have a recipe")
+    parser.add_argument("--import", dest="modules", nargs="+", default=[], metavar="FILE",
+                        help="programs that add methods, as README's mine.py does")
     parser.add_argument("--out", help="folder; default: the first free runs/DATASET-compare-N")
     own, rest = parser.parse_known_args(argv)
+    for name in own.modules:
+        try:
+            importlib.import_module(name.removesuffix(".py"))
+        except ModuleNotFoundError as e:
+            raise DataError(f"--import {name}: {e}; start from the folder of that file") from e
     flags = train.parse(rest)
     dataset = flags.dataset or "street"
     chosen = own.methods or [m for m in methods.METHODS if (m, dataset) in RECIPES]
     folder = Path(own.out) if own.out else folders.new_folder(f"{dataset}-compare")
-    rows = {}
-    for method in chosen:
-        flags = train.parse([*rest, "--method", method, "--out", str(folder / method)])
-        rows[method] = row(train.run(flags))
+    asked = {method: train.parse([*rest, "--method", method, "--out", str(folder / method)])
+             for method in chosen}                             # refuses a name before it trains
+    rows = {method: row(train.run(flags)) for method, flags in asked.items()}
     print(table(rows))
     runs.write_json(folder / "compare.json", rows)
     draw(rows, f"{dataset}, seed {flags.seed or 0}, test split", folder / "compare.png")

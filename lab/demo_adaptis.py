@@ -282,12 +282,13 @@ def authors_images(model, folder, world):
     return shares
 
 
-def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures", seed=0):
+def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures", seed=0,
+          quick=False):
     """Trains for `seconds`, or reads `weights`; prints the tables, draws the figure -> (table_1's
     rows, {(side, head): share found}).
 
-    A run of less than a minute measures 20 images instead of 200. One of more than ten minutes adds
-    the slow rows of larger images."""
+    `quick`, or a run of less than a minute, measures 20 images instead of 200. A run of more than
+    ten minutes adds the slow rows of larger images."""
     from lab.figure_adaptis import draw
     world = World(device)
     torch.manual_seed(seed)
@@ -297,7 +298,7 @@ def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures
         print(f"training for {seconds:g} s on {world.hardware()}, {count / 1e6:.2f}M weights")
         seen = fit(model.train(), seconds, world)
         print(f"trained on {seen} images: {seen / seconds:.0f} a second")
-    quick, full = seconds < 60, seconds > 600
+    quick, full = quick or seconds < 60, seconds > 600
     if weights is None and not quick:                          # a trial overwrites nothing
         KEPT.parent.mkdir(exist_ok=True)
         torch.save({"model": model.state_dict()}, KEPT)
@@ -317,6 +318,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default=KEPT, help=f"default: {KEPT}")
     parser.add_argument("--authors", metavar="DIR", help="folder of the authors' images")
+    parser.add_argument("--quick", action="store_true", help="20 images instead of 200")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", default="figures", help="folder of the figure")
     try:

@@ -136,12 +136,13 @@ def summary(result):
 
 
 def add_to_curve(path, step, seconds, result):
-    """A line of curve.csv: how good after so many steps and minutes of training. Lines of a resumed
-    run beyond `step` are dropped."""
+    """A line of curve.csv: how good after so many steps and minutes of training; prints it. Lines
+    of a resumed run beyond `step` are dropped."""
     mask = result["AP_mask"]
     each = {f"AP{round(100 * t)}": v for t, v in mask["per_threshold"].items()}
     row = {"step": step, "minutes": f"{seconds / 60:.2f}", "PQ": f"{result['PQ']:.2f}",
            "AP": f"{mask['AP']:.2f}", **{k: f"{v:.2f}" for k, v in each.items()}}
+    print(f"step {step:6d}: PQ {result['PQ']:.1f}, mask AP {mask['AP']:.1f} on val", flush=True)
     rows = []
     if path.exists():
         with open(path) as f:

@@ -38,6 +38,7 @@ TABLES = {
 }
 
 
+ENDINGS = (".jpg", ".jpeg", ".JPG", ".png", ".tif")  # of images that COCO's JSON calls otherwise
 LIMIT = 100_000_000  # pixels: a larger image needs more memory than networks here are made for
 MISSING = "correct the path, or unpack the data set again"
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is a warning or a traceback
@@ -220,11 +221,11 @@ class CocoPanoptic(Folder):
             raise DataError(f"there is no folder {root / split} of images: the root must hold it, "
                             f"and {paths[0]}")
         if path is None and not split.startswith("test"):
-            raise DataError(f"{folder} has images but there is no {due}: unpack the panoptic "
-                            "annotations there")
+            raise DataError(f"{folder} has images but there is no {due}: write or unpack the "
+                            "panoptic annotations there")
         others = sorted(root.glob("annotations/panoptic_*.json"))      # a test set's categories
         source = path or next(iter(others), None)
-        again = "copy it again from the data set's archive"
+        again = "mend it, or copy it again from the data set's archive"
         try:
             content = json.loads(source.read_text()) if source else {"categories": []}
             self.take(content, folder, path)
@@ -265,7 +266,9 @@ class CocoPanoptic(Folder):
                 raise DataError(f"has labels of image {a['image_id']}, which is not among its "
                                 "images")
             image = images[a["image_id"]]
-            image = image if image.exists() else image.with_suffix(".jpg")
+            if not image.exists():                             # the JSON may name the label instead
+                others = [image.with_suffix(ending) for ending in ENDINGS]
+                image = next((p for p in others if p.exists()), others[0])
             rows = {}
             for s in a["segments_info"]:
                 if s["category_id"] not in number:

@@ -53,6 +53,16 @@ RECIPES["seamless", "coco"] = dict(
                scale_things=(0.5, 2.0)),
     fit=dict(batch=16, steps=90000, lr=0.01, warmup=200, drops=(36 / 48, 44 / 48)))
 
+# Choice: for tens of images of your own, from scratch, on a CPU: the street's network and a short
+# schedule, everything at a shorter side of 400 pixels. See lab/own_images.md.
+RECIPES["seamless", "own"] = dict(
+    body=dict(name="small", width=64, extra=2),
+    model=dict(box_loss="cabb", canonical=112, anchor_scale=2, ratios=(0.2, 0.5, 1, 2, 5),
+               rois=64, proposals=100, window=16),
+    crops=dict(mode="isus", size=(256, 320), short_side=400, scale=(0.8, 1.25),
+               scale_things=(0.5, 2.0), canonical=112, jitter=0.1),
+    fit=dict(batch=4, steps=850, lr=0.04, warmup=50, drops=(0.6, 0.85)))
+
 # The peers of AdaptIS on cells (Sofiiuk 2019, section 6): images enlarged four times, anchors and
 # levels for cells of 80 to 180 pixels, 55 epochs.
 RECIPES["seamless", "cells"] = dict(

@@ -8,6 +8,7 @@ A file in lab/results holds one table:
     columns                 names of metrics
     rows                    [{"name": ..., "seeds": {seed: {column: number}}}] of measured runs, or
                             [{"name": ..., "cells": [text, ...]}] of numbers without a metrics file
+                            a row may have its own command, commit, hardware (see the leaderboard)
     differences             [[row, row], ...]: paired over the seeds, with 95% intervals
     command, commit, hardware, split
     older                   true: measured before val and test were split, on what is now val
@@ -72,15 +73,17 @@ def section(table):
     lines = [f"## {table['title']}{older}", "", *table.get("text", []), ""]
     measured = any("seeds" in row for row in table["rows"])
     columns = table["columns"]
-    lines.append("| " + " | ".join(["", *columns, *(["seeds"] if measured else [])]) + " |")
-    lines.append("|" + "---|" * (len(columns) + 1 + measured))
+    own = [k for k in ("command", "commit", "hardware") if any(k in r for r in table["rows"])]
+    head = ["", *columns, *(["seeds"] if measured else []), *own]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table["rows"]:
         texts = [row["name"], *cells(row, columns)]
         if measured:
             texts.append(", ".join(sorted(row.get("seeds", {}), key=int)))
+        texts += [f"`{row[k]}`" if k == "command" and k in row else row.get(k, "") for k in own]
         lines.append("| " + " | ".join(texts) + " |")
     for first, second in table.get("differences", []):
-        texts = difference(table, first, second) + [""] * measured
+        texts = difference(table, first, second) + [""] * (measured + len(own))
         lines.append("| " + " | ".join(texts) + " |")
     facts = [f"{key}: {table[key]}" for key in ("split", "hardware", "commit") if table.get(key)]
     if facts:

@@ -233,7 +233,7 @@ def strict(value):
         return [strict(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def write_json(path, value):

@@ -1,6 +1,7 @@
 """The data sets of train.py by name. Toy worlds have three splits, each by its seed: no image is in
 two of them. Real data is read in its official layout, see lab/readers.py."""
 import importlib
+import itertools
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,7 +17,8 @@ TOYS = {  # module, class, and how many images each split has by default
 }
 
 OFFICIAL = {"cityscapes": ("train", "val"), "idd": ("train", "val"),      # training, evaluation
-            "coco": ("train2017", "val2017"), "mapillary": ("training", "validation")}
+            "coco": ("train2017", "val2017"), "mapillary": ("training", "validation"),
+            "own": ("train", "val")}                           # in COCO's format, lab/own_images.md
 
 
 def open_dataset(args, split):
@@ -35,6 +37,19 @@ def open_dataset(args, split):
     else:
         dataset = readers.CocoPanoptic(args["root"], folder)
     return cache.Decoded(dataset, args["cache"]) if args["cache"] and split == "train" else dataset
+
+
+def open_training(args):
+    """The training part of `args`. Opens the other part too: what is wrong with it should be said
+    before the training, not after it. DataError: the categories of the two differ."""
+    parts = [open_dataset(args, split) for split in ("train", "test")]
+    names = [[f"{c.name} ({'thing' if c.isthing else 'stuff'})" for c in part.categories]
+             for part in parts]
+    for first, other in itertools.zip_longest(*names, fillvalue="none"):
+        if first != other:
+            raise DataError(f"{args['root']}: the training part has the category {first} where the "
+                            f"evaluation part has {other}: both must list the same ones in order")
+    return parts[0]
 
 
 def world(name, split, images=0):

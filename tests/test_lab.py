@@ -4,16 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-import train
 from data import DataError
-from lab import compare, report, runs, versus
+from lab import leaderboard, report, runs, versus
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--images", "4", "--eval-images", "1", "--workers", "0", "--threads", "1", "--device",
-         "cpu", "--precision", "float32", "--steps", "1", "--set", "body.name=tiny",
-         "body.width=16", "crops.size=(64, 96)", "fit.batch=2"]
 
 
 def test_results_md_is_what_the_files_in_lab_results_say():
@@ -41,12 +36,12 @@ def test_the_report_averages_seeds_and_pairs_differences(tmp_path, monkeypatch):
     assert "| **a - b** | +2.0 [-10.7, +14.7] |" in text
 
 
-def fake_run(folder, seed, pq):
+def fake_run(folder, seed, pq, **facts):
     folder.mkdir(parents=True)
     ap = {k: 1.0 for k in ("AP", "AP_small", "AP_medium", "AP_large")}
     metrics = {k: pq for k in ("PQ", "PQ_th", "PQ_st", "Acc_th", "Prec_th", "mIoU")}
     metrics |= {"confusion": {"25": 5.0}, "AP_mask": ap, "AP_box": {**ap, "AP_large": None},
-                "run": {"seed": seed, "minutes": 2.0, "hardware": "a CPU"}}
+                "images": 50, "run": {"seed": seed, "minutes": 2.0, "hardware": "a CPU", **facts}}
     runs.write_json(folder / "metrics.json", metrics)
 
 
@@ -71,34 +66,45 @@ def test_recipes_with_other_seeds_or_unfinished_runs_are_not_compared(tmp_path):
             versus.versus(str(tmp_path / f"{first}-*"), str(tmp_path / "b-*"))
 
 
-def test_compare_trains_methods_and_prints_one_table(tmp_path, capsys):
-    words = ["--methods", "seamless", "maskrcnn", "--out", str(tmp_path / "c"), *QUICK,
-             "model.rois=8", "model.proposals=10"]
-    compare.main(words)
-    rows = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert list(rows) == ["seamless", "maskrcnn"]
-    for method in rows:
-        metrics = json.loads((tmp_path / "c" / method / "metrics.json").read_text())
-        assert rows[method]["PQ"] == pytest.approx(metrics["PQ"])
-        assert f"{method:12s}" in capsys.readouterr().out or method == "maskrcnn"
-    assert (tmp_path / "c" / "compare.png").stat().st_size > 0
+BOARD = dict(split="test", hardware="1 x 2 threads of a x86_64 CPU, bf16, torch 2.14", minutes=5.5,
+             settings={"dataset": "street", "seed": 0, "fit": {"lr": 0.1}})
+ENTRIES = [  # how many of three runs are different, in what, and words of the refusal
+    (0, {}, ""), (1, dict(minutes=6.2), "took 6.2 minutes"), (1, dict(seed=1), "runs of seed 1"),
+    (1, dict(hardware="an H100"), "hardware differs"), (1, dict(split="val"), "split differs"),
+    (1, dict(settings={"dataset": "street", "fit": {"lr": 0.2}}), "settings differs"),
+    (1, dict(command="python train.py --steps 9"), "command differs"),
+    (3, dict(split="val"), "needs test"), (3, dict(settings={"dataset": "cells"}), "50 of street"),
+    (3, dict(hardware="1 x 8 threads of a CPU"), "--threads 2")]
 
 
-def test_the_readmes_method_trains_as_printed(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    words = [*QUICK, "--out", str(tmp_path / "run")]
-    main = train.main
-    monkeypatch.setattr(train, "main", lambda argv: main([*argv, *words]))
-    from lab import methods, recipes
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
-    monkeypatch.setattr(recipes, "RECIPES", recipes.RECIPES)
-    try:
-        exec(compile(code, "README.md", "exec"), {})
-    finally:
-        recipes.RECIPES.pop(("mine", "street"), None)
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert state["settings"]["method"] == "mine"
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["PQ"] >= 0
+@pytest.mark.parametrize("count, change, words", ENTRIES)
+def test_the_leaderboard_takes_three_runs_that_keep_its_rules(
+        count, change, words, tmp_path, monkeypatch, capsys):
+    for s in range(3):
+        facts = {"seed": s, **BOARD, "command": f"python /x/train.py --seed {s} --out /y"}
+        facts |= change if s >= 3 - count else {}
+        fake_run(tmp_path / f"a-{s}", pq=60.0 + s, **facts)
+    old = {"name": "old", "seeds": {"0": {"PQ": 50.0}}}
+    runs.write_json(tmp_path / "leaderboard.json", {"title": "L", "columns": ["PQ"], "rows": [old]})
+    monkeypatch.setattr(leaderboard, "committed", lambda: "abc1234")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    folders = [str(tmp_path / f"a-{s}") for s in range(3)]
+    if words:
+        with pytest.raises(DataError, match=words):
+            leaderboard.main([*folders, "--name", "mine"])
+        return
+    with pytest.raises(DataError, match="2 seeds and needs 3"):
+        leaderboard.main([*folders[:2], "--name", "mine"])
+    leaderboard.main([*folders, "--name", "mine"])
+    assert "mine: PQ 61.0, place 1 of 2" in capsys.readouterr().out
+    row = "| mine | 61.0 | 0, 1, 2 | `python train.py --seed S` | abc1234 | 1 x 2 threads"
+    assert row in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_every_row_of_the_leaderboard_keeps_its_rules_or_says_that_it_is_no_entry():
+    rows = json.loads((ROOT / "lab/results/leaderboard.json").read_text())["rows"]
+    assert all(("no entry" in row["name"]) == bool(leaderboard.why_not(row)) for row in rows)
 
 
 def test_the_readme_names_files_that_exist():

@@ -2,7 +2,6 @@
 says how to go on. Networks have a few thousand weights; what they learn is in the slow tests."""
 import csv
 import json
-import math
 import os
 import signal
 import subprocess
@@ -10,10 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train
 from data import DataError
@@ -66,20 +63,6 @@ def test_a_run_leaves_checkpoint_log_curves_images_metrics_and_predictions(train
         assert [int(row["step"]) for row in csv.DictReader(f)] == [2, 4]
     state = torch.load(trained / "last.pt", weights_only=True)
     assert state["step"] == 4 and state["settings"]["method"] == "seamless"
-
-
-def test_eval_of_a_checkpoint_repeats_the_metrics_of_the_run(trained, tmp_path):
-    call("--eval", trained / "last.pt", "--out", tmp_path, "--workers", 0)
-    a, b = (json.loads((f / "metrics.json").read_text()) for f in (trained, tmp_path))
-    assert a["per_category"] == b["per_category"] and a["AP_mask"] == b["AP_mask"]
-
-
-def test_predict_colours_your_own_image(trained, tmp_path):
-    grey = np.random.default_rng(0).integers(0, 255, (50, 70), np.uint8)         # odd size, no RGB
-    Image.fromarray(grey).save(tmp_path / "mine.png")
-    call("--predict", trained / "last.pt", tmp_path / "mine.png", "--out", tmp_path)
-    assert Image.open(tmp_path / "predict" / "mine.png").size == (70, 50)
-    assert Image.open(tmp_path / "predict" / "panoptic" / "mine.png").size == (70, 50)
 
 
 # --- Resuming, processes, crashes -------------------------------------------------------------
@@ -365,17 +348,6 @@ def test_weights_that_cannot_be_had_are_named(capsys, tmp_path, cityscapes, monk
 
 
 # --- Real layouts -----------------------------------------------------------------------------
-def test_a_data_set_on_disk_trains_scores_and_keeps_its_index(cityscapes, tmp_path, capsys):
-    words = [*REAL, "--root", cityscapes, "--steps", 1, "--set", "body.extra=0",
-             "crops.short_side=64"]
-    call(*words, "--out", tmp_path / "runs" / "a")
-    metrics = json.loads((tmp_path / "runs" / "a" / "metrics.json").read_text())
-    assert metrics["images"] == 2 and math.isfinite(metrics["PQ"])
-    assert list((tmp_path / "runs").glob("index-*.pt"))
-    size = Image.open(next((tmp_path / "runs" / "a" / "predictions").glob("*.png"))).size
-    assert size == (512, 256)                                         # native, not 128x64
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_is_named_from_any_process(cityscapes, tmp_path, capsys, workers):
     for path in (cityscapes / "leftImg8bit" / "train" / "town").iterdir():
