@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from data import DataError
-from lab import compare, report, runs, versus
+from lab import compare, report, runs, shapes, versus
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--images", "4", "--eval-images", "1", "--workers", "0", "--threads", "1", "--device",
@@ -82,6 +83,24 @@ def test_compare_trains_methods_and_prints_one_table(tmp_path, capsys):
         assert rows[method]["PQ"] == pytest.approx(metrics["PQ"])
         assert f"{method:12s}" in capsys.readouterr().out or method == "maskrcnn"
     assert (tmp_path / "c" / "compare.png").stat().st_size > 0
+
+
+STRIDES = {"seamless": {"body.stages.4": 32, "body[8]": 8, "semantic_head": 4, "fuse: segments": 1},
+           "adaptis": {"encoder: features": 2, "encoder.down.2": 16, "predict: segments": 1},
+           "affinity_head": {"features[32]": 32, "head: P": 4}, "ibs": {"mask_logits EA FB": 4},
+           "kernels": {"family.heat 2": 16}, "queries": {"mask_logits: E F": 4}}
+
+
+def test_each_network_draws_its_shapes_in_the_one_size_of_letters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                # no weights of an earlier demo
+    for name, draw in shapes.NETWORKS.items():
+        drawn = draw(tmp_path)
+        height, width = drawn.get("image", (3, 32, 32))[1:]    # ibs has two, of 32x32
+        for box, stride in STRIDES[name].items():
+            assert drawn[box][-2:] == (height // stride, width // stride), box
+        assert Image.open(tmp_path / f"{name}_shapes.png").width == 1000
+    lab = "".join(p.read_text() for p in (ROOT / "lab").rglob("*.py"))
+    assert not re.search("(font|label)size=", lab)
 
 
 def test_the_readmes_method_trains_as_printed(tmp_path, monkeypatch):
