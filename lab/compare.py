@@ -6,15 +6,13 @@
 import importlib
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from data import DataError
 from lab import ends, folders, methods, runs
+from lab.draw import new_figure, save
 from lab.recipes import RECIPES
 
-matplotlib.use("Agg")
 COLUMNS = ("PQ", "PQ_th", "PQ_st", "SQ", "RQ", "PQ_dagger", "mIoU", "AP_mask", "AP_box")
 
 
@@ -35,18 +33,18 @@ def table(rows):
 
 def draw(rows, title, path):
     """Bars: a group for each metric, a bar for each method."""
-    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure = new_figure(3.6)
+    ax = figure.subplots()
     x, width = np.arange(len(COLUMNS)), 0.8 / len(rows)
     for i, (method, values) in enumerate(rows.items()):
         place = x + (i - (len(rows) - 1) / 2) * width
         bars = ax.bar(place, [values[c] for c in COLUMNS], width, label=method)
-        ax.bar_label(bars, fmt="%.0f", fontsize=8)
+        ax.bar_label(bars, fmt="%.0f")
     ax.set_xticks(x, COLUMNS)
     ax.set_ylabel("percent")
     ax.set_title(title)
     ax.legend()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save(figure, path)
 
 
 def main(argv=None):

@@ -1,5 +1,5 @@
 """The demo of adaptis.py: trains on overlapping cells by the clock, prints Table 1 and what becomes
-of larger images, draws adaptis.png.
+of larger images, draws adaptis.png and adaptis_shapes.png.
 
     python -m lab.demo_adaptis --weights runs/adaptis.pt              tables and figure, no training
     python -m lab.demo_adaptis --weights FILE --authors DIR           and the authors' 700 cells
@@ -289,6 +289,7 @@ def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures
 
     `quick`, or a run of less than a minute, measures 20 images instead of 200. A run of more than
     ten minutes adds the slow rows of larger images."""
+    from lab import shapes
     from lab.figure_adaptis import draw
     world = World(device)
     torch.manual_seed(seed)
@@ -309,6 +310,7 @@ def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures
     if authors:
         authors_images(model, authors, world)
     draw(Path(out, "adaptis.png"), model.cpu())
+    shapes.adaptis(out, model)
     return rows, larger
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from affinity_head import (IGNORE, InstanceAffinityHead, apply_affinity, box_gate,
                            dynamic_potential, match_segments, panoptic_matching_loss, segment)
 from lab.balls import ISTHING, scene
-from lab.draw import save
+from lab.draw import new_figure, pyplot, save
 from pq import PanopticQuality
 from seamless import fuse
 
@@ -199,7 +199,8 @@ def print_rows(rows):
 
 
 def show(steps, device="cpu", out="figures"):
-    """Costs, a head of `steps` steps, its table on unseen images and on larger ones, the figure."""
+    """Costs, a head of `steps` steps, its table on unseen and on larger images, the figures."""
+    from lab import shapes
     torch.manual_seed(0)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     quick, full = steps < 100, steps > 1000
@@ -224,6 +225,7 @@ def show(steps, device="cpu", out="figures"):
                 "head, A Psi as a sum": total["affinity head"]})
     cases = recovered(encoder, head, unseen[:60], device=device)
     draw_figure(Path(out, "affinity_head.png"), cases, left, right=right)
+    shapes.affinity_head(out, encoder, head)
 
 
 # --- The figure -------------------------------------------------------------------------------
@@ -269,9 +271,9 @@ def recovered(encoder, head, indices, device):
 
 
 def draw_image(axes, case):
-    """One row: image and boxes, channels before, affinities of the cross, channels after, truth."""
-    import matplotlib.pyplot as plt
-    things = torch.tensor(plt.get_cmap("tab20").colors)[torch.arange(0, 20, 2).repeat(4)]
+    """One row: image and boxes, channels before, affinities of the cross (yellow adds, blue
+    subtracts), channels after, truth."""
+    things = torch.tensor(pyplot().get_cmap("tab20").colors)[torch.arange(0, 20, 2).repeat(4)]
     paint = torch.cat([torch.tensor([[.80] * 3, [.60] * 3]), things]).float()      # stuff is grey
     count = len(case["boxes"])
     axes[0].imshow(case["image"].permute(1, 2, 0).numpy())
@@ -285,7 +287,7 @@ def draw_image(axes, case):
         ax.imshow(shown.numpy())
     height, width = case["truth"].shape
     limit = case["row"].abs().max().item()
-    axes[2].imshow(case["row"].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit,
+    axes[2].imshow(case["row"].numpy(), vmin=-limit, vmax=limit,
                    extent=(0, width, height, 0))
     for ax in axes[1:4]:
         ax.plot(*case["point"], "k+", ms=9, mew=1.6)
@@ -305,29 +307,24 @@ def draw_costs(axes, left, right):
     n = torch.tensor([1024., 131072.])
     axes[0].loglog(n, n ** 2 * 4 / 2 ** 20, ":", color="grey", label="4 (HW)² bytes, the matrix A")
     axes[0].axvline(PAPER["hw"], color="grey", lw=.8)
-    axes[0].text(60000, 2, "the paper's 800x1300", rotation=90, ha="right", fontsize=8,
-                 color="grey")
+    axes[0].text(60000, .34, "the paper's 800x1300", ha="right", color="grey",
+                 transform=axes[0].get_xaxis_transform())
     for ax in axes:
-        ax.legend(fontsize=8)
+        ax.legend()
 
 
 def draw_figure(path, cases, left, right):
     """Three images of `recovered` above, the costs below."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(12, 8), dpi=90, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2.2, 1))
+    figure = new_figure(6)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.8, 1))
     rows = upper.subplots(3, 5)
     for axes, case in zip(rows, cases[::max(1, math.ceil(len(cases) / 8))]):
         draw_image(axes, case)
-    for ax, title in zip(rows[0], ("image and its boxes", "argmax over the potential",
-                                   "affinities of the cross", "argmax over the head's answer",
-                                   "truth")):
-        ax.set_title(title, fontsize=10)
+    for ax, title in zip(rows[0], ("image and its boxes", "argmax of potential Ψ",
+                                   "affinities of the cross", "argmax of answer P", "truth")):
+        ax.set_title(title)
     draw_costs(lower.subplots(1, 2), left, right=right)
     save(figure, path)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 
 from cabb_loss import (box_loss, cabb_loss, decode, encode, free_sides, objective, precise,
                        smooth_l1, solve_o1, visible)
-from lab.draw import pyplot, save
+from lab.draw import new_figure, save
 
 SIDE, WHOLE, STRIDE, ANCHOR, BETA = 64, 160, 8, 24.0, 1 / 9
 
@@ -227,8 +227,8 @@ def print_table(table, what):
 
 def draw_figure(tables, example, out):
     """cabb_loss.png: (O1), an example, and the tables as curves."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
+    figure = new_figure(5.6)
+    axes = figure.subplots(2, 3)
     draw_objective(axes[0, 0])
     draw_example(axes[1, 0], *example)
     for row, telling in zip(axes, WORLDS):
@@ -240,14 +240,14 @@ def draw_figure(tables, example, out):
                 ax.fill_between(x, rows.amin(0), rows.amax(0), color=colour, alpha=0.15, lw=0)
             ax.axhline(100, color="k", lw=0.8)
             where = "whole images" if what == "size" else "crops"
-            ax.set_title(f"{where}, {WORLDS[telling]}", fontsize=10)
+            ax.set_title(f"{where}, {WORLDS[telling]}")
             ax.set(ylabel="predicted / true size, %", xlabel="size of the object, pixels"
                    if what == "size" else "share of the object that shows")
             ax.grid(alpha=0.3)
             if what == "size":
                 ax.axvline(SIDE, color="k", ls=":", lw=1)
-                ax.text(SIDE + 1, ax.get_ylim()[0] + 1, "a crop", fontsize=8)
-    axes[0, 1].legend(fontsize=9)
+                ax.text(SIDE + 1, ax.get_ylim()[0] + 1, "a crop")
+    axes[0, 1].legend()
     save(figure, Path(out, "cabb_loss.png"))
 
 
@@ -268,23 +268,22 @@ def draw_objective(ax):
         ax.plot(best, f(best), "o", color=colour, ms=9, ls="",
                 label=rf"minimum over $\omega \geq {bound}$")
     ax.set(xlabel=r"$\omega$", ylabel=r"$f(\omega)$ of (O1)")
-    ax.set_title(rf"two local minima: $\hat\omega={hat}$, $\omega_P={pred}$, $\beta=1/9$",
-                 fontsize=10)
-    ax.legend(fontsize=8)
+    ax.set_title(rf"two local minima: $\hat\omega={hat}$, $\omega_P={pred}$, $\beta=1/9$")
+    ax.legend()
     ax.grid(alpha=0.3)
 
 
 def draw_example(ax, truth, found):
-    """The largest object of a whole image and the four predicted boxes."""
+    """The largest object of a whole image and the four predicted boxes, in the colours of the
+    curves."""
     def outline(x1, y1, x2, y2, **style):
         ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], **style)
 
     which = int(draw_size(truth).argmax())
     outline(*truth[which].tolist(), color="k", lw=2, label="truth")
     for name, boxes in found.items():
-        outline(*boxes[which].tolist(), color=STYLES[name][0], lw=2, ls="--", label=name)
+        outline(*boxes[which].tolist(), color=STYLES[name][0], lw=2, ls="--")
     outline(2, 2, 2 + SIDE, 2 + SIDE, color="grey", lw=1, ls=":", label="a training crop")
     ax.set(xlim=(0, WHOLE), ylim=(WHOLE, 0), aspect="equal")
-    ax.set_title(f"one object of {draw_size(truth)[which]:.0f} pixels in a whole image",
-                 fontsize=10)
-    ax.legend(fontsize=8, loc="upper right")
+    ax.set_title(f"one object of {draw_size(truth)[which]:.0f} pixels in a whole image")
+    ax.legend(loc="upper right")

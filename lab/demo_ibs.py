@@ -15,7 +15,7 @@ import seamless
 from data import Sample, collate, crop
 from ibs import MinimalNet, PairedCropSampler, mask_logits
 from lab import unified
-from lab.draw import pyplot, save
+from lab.draw import new_figure, save
 from lab.worlds import world
 from pq import PanopticQuality, confusion_ratio
 
@@ -36,10 +36,9 @@ WINDOWS = {(80, 160): (24, 48), (128, 160): (0, 48), (80, 256): (24, 0), (128, 2
 
 # --- The smallest case ------------------------------------------------------------------------
 
-def two_cars(weight, seed=0, steps=150):
+def learn_two_cars(weight, seed=0, steps=150):
     """Two images of 32x32 pixels, a red square on the one, a blue one on the other. A MinimalNet
-    learns from both, with IBS of this weight -> percent of the blue square that the mask of the red
-    one covers, and the reverse; percent of itself that each mask covers."""
+    learns from both, with IBS of this weight -> the network, images, targets."""
     segments = torch.ones(32, 32, dtype=torch.int64)
     segments[8:24, 8:24] = 2
     crops = []
@@ -56,6 +55,13 @@ def two_cars(weight, seed=0, steps=150):
         optimiser.zero_grad()
         sum(net.losses(images, targets).values()).backward()
         optimiser.step()
+    return net, images, targets
+
+
+def two_cars(weight):
+    """-> percent of the blue square that the mask of the red one covers, and the reverse; percent
+    of itself that each mask covers."""
+    net, images, targets = learn_two_cars(weight)
     with torch.no_grad():
         embeddings, features = net(images, [t.boxes[1:] for t in targets])
         masks = [[mask_logits(e, f)[0, 2:6, 2:6] > 0 for f in features] for e in embeddings]
@@ -143,7 +149,9 @@ def measure(net, images):
 
 
 def compare(steps, train_images, test_images, *, device="cpu", out="figures"):
-    """Trains and measures the five networks, prints tables and draws ibs.png into `out`."""
+    """Trains and measures the five networks, prints tables and draws figures into `out`: ibs.png,
+    and what MinimalNet and the last of the five compute."""
+    from lab import shapes
     for weight in (0.0, 1.0):
         (red, blue), _ = two_cars(weight)
         print(f"a red and a blue car, weight of IBS {weight}: the mask of the red one covers "
@@ -173,6 +181,8 @@ def compare(steps, train_images, test_images, *, device="cpu", out="figures"):
     for name, values in growth.items():
         print(f"{name:12s}" + "".join(f"{v:9.1f}%" for v in values))
     draw_figure(unseen, isthing, instances, curves=curves, growth=growth, out=out)
+    shapes.ibs(out)
+    shapes.kernels(out, net)
 
 
 # --- The figure -------------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def show_mask(ax, image, truth, mask):
     image = image.mean(0, keepdim=True).expand(3, -1, -1) * 0.55 + 0.25
     if mask is None:
         ax.text(0.5, 0.5, "none found", transform=ax.transAxes, ha="center", va="center",
-                fontsize=12, color="white")
+                color="white")
     else:
         red = torch.tensor([0.95, 0.1, 0.1])[:, None, None]
         image = torch.where(mask, 0.35 * image + 0.65 * red, image)
@@ -222,12 +232,12 @@ def show_mask(ax, image, truth, mask):
 def draw_figure(scenes, isthing, instances, *, curves, growth, out):
     """ibs.png: the masks that crops confuse most and what pairs with IBS make of them; Figure 5;
     confusion on larger and larger parts of the images."""
-    figure = pyplot().figure(figsize=(13, 5), dpi=90, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2.4, 1])
+    figure = new_figure(4)
+    left, right = figure.subfigures(1, 2, width_ratios=[1.8, 1])
     grid = left.subplots(3, 3)
     titles = ("a vehicle", "its mask, trained on crops", "... on pairs, with IBS")
     for ax, title in zip(grid[0], titles):
-        ax.set_title(title, fontsize=11)
+        ax.set_title(title)
     for ax in grid.flat:
         ax.set_axis_off()
     for axes, (n, truth) in zip(grid, most_confused(scenes, isthing, instances["crops"])):
@@ -244,12 +254,12 @@ def draw_figure(scenes, isthing, instances, *, curves, growth, out):
         upper.plot(THRESHOLDS, curves[name], color=colour, ls=style, lw=2, label=name)
         lower.plot([f"{h}x{w}" for h, w in WINDOWS], growth[name], color=colour, ls=style, lw=2,
                    marker="o", ms=4)
-    upper.set(xlabel="T, % of a true thing that is covered", ylabel="confused, %", xlim=(0, 95),
+    upper.set(xlabel="T, % of a true thing covered", ylabel="confused, %", xlim=(0, 95),
               ylim=(0, None))
-    lower.set(xlabel="size of the image; crops have 80x160", ylabel="confused at T = 25%, %",
+    lower.set(xlabel="size of the image; crops: 80x160", ylabel="confused at T = 25%, %",
               ylim=(0, None))
-    upper.set_title("predictions that are confused (Figure 5)", fontsize=11)
-    upper.legend(fontsize=9)
+    upper.set_title("confused predictions (Figure 5)")
+    upper.legend()
     for ax in (upper, lower):
         ax.grid(alpha=0.3)
     save(figure, Path(out, "ibs.png"))

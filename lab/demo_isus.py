@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data import pyramid_level
 from isus import CropSampler, build_index
-from lab.draw import save
+from lab.draw import new_figure, save
 from lab.worlds import Drawn, world
 
 RANGES, MODES = ((0.5, 2.0), (0.25, 4.0)), ("uniform", "cus", "isus")
@@ -136,15 +136,11 @@ def print_tables(arms, names, cut, sizes):
 
 def draw_figure(arms, cut, sizes, categories, path):
     """Figure 2 of the paper, the levels at both ranges, and examples of chosen instances."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(11, 6.6), dpi=100, layout="constrained")
+    figure = new_figure(5.4)
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.05))
-    a, b, *panels = above.subplots(1, 4)
-    a.bar(["0–25", "25–75", "75–90", "90–99", "99–100"], cut)
-    a.set(title="(a) IoU of visible\nand whole boxes", xlabel="percentile of size", ylim=(0, 1))
-    a.tick_params(axis="x", labelsize=7)
+    a, b, *panels = above.subplots(1, 4, width_ratios=(1, 1.25, 1, 1))
+    a.bar(["25", "75", "90", "99", "100"], cut)
+    a.set(title="(a) IoU of visible\nand whole boxes", xlabel="size, up to percentile", ylim=(0, 1))
     b.bar(["≤4", "8", "16", "32", "64", "≥128"], sizes.tolist())
     b.set(title="(b) number of things\nby size", xlabel="sqrt(w h), pixels")
     for letter, ax, limits in zip("cd", panels, RANGES):
@@ -155,8 +151,8 @@ def draw_figure(arms, cut, sizes, categories, path):
                    label=f"{mode}: {entropy(counts):.2f} bits")
         ax.axhline(25, color="k", lw=0.8, ls=":")
         ax.set(title=f"({letter}) level of all things, %,\nscales {limits[0]:g} to {limits[1]:g}",
-               xlabel="pyramid level", xticks=[1, 2, 3, 4], ylim=(0, 75))
-        ax.legend(fontsize=8)
+               xlabel="pyramid level", xticks=[1, 2, 3, 4], ylim=(0, 110))
+        ax.legend()
     for ax in (a, b, *panels):
         ax.spines[["top", "right"]].set_visible(False)
     below.suptitle("(e) ISUS: the chosen instance, the level of its whole box, and sigma")
@@ -169,9 +165,8 @@ def draw_figure(arms, cut, sizes, categories, path):
             edge = F.pad((t.segments == t.instance).float(), (1,) * 4)    # closes lines at the crop
             ax.contour(*(torch.arange(m) - 1 for m in edge.T.shape), edge, [0.5], colors="yellow")
             name = categories[t.categories[t.instance - 1]].name
-            ax.set_title(f"{name}, level {level}, σ = {t.scale:.2f}", fontsize=9, pad=2)
+            ax.set_title(f"{name}, level {level}, σ = {t.scale:.2f}")
     save(figure, path)
-    plt.close(figure)
 
 
 def compare_samplers(scenes, count, out):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.draw import pyplot, save
+from lab.draw import new_figure, save
 from pq import PanopticQuality
 
 SKY, BUILDING, ROAD, SIDEWALK, CAR = range(1, 6)               # the segments
@@ -67,30 +67,27 @@ def cliff(steps=241, out="figures"):
 
 def draw_cliff(rows, at, out):
     """pq.png: two predictions beside the cliff, and both curves."""
-    plt = pyplot()
     truth = draw_street(0)
-    with plt.rc_context({"font.size": 13}):
-        figure = plt.figure(figsize=(10, 4.7), dpi=110, layout="constrained")
-        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.15))
-        for k, iou in enumerate((51, 49)):
-            found, pq, dagger, shift = at[iou]
-            segments, axes = draw_street(shift), figure.add_subplot(grid[k, 0])
-            image, wrong = COLOURS[segments.numpy() - 1], (segments != truth).numpy()
-            image[wrong] = 0.35 * image[wrong] + 0.65          # errors in light
-            axes.imshow(image)
-            axes.set_title(f"sidewalk IoU {found:.1f}:  PQ$_c$ {pq:.1f},  PQ$^†_c$ {dagger:.1f}",
-                           fontsize=13)
-            axes.set_axis_off()
-        axes, above = figure.add_subplot(grid[:, 1]), rows[:, 0] > 50
-        for part, label in ((above, "PQ$_c$"), (~above, None)):
-            axes.plot(rows[part, 0], rows[part, 1], color="tab:red", lw=3, label=label)
-        axes.plot(rows[:, 0], rows[:, 2], color="tab:blue", lw=2, ls="--", label="PQ$^†_c$")
-        for iou, label, y in ((49, "the two images", 16), (51, "", 21)):
-            axes.plot(at[iou][0], at[iou][1], "o", color="tab:red", ms=9)
-            axes.annotate(label, at[iou][:2], (52, y), arrowprops={"arrowstyle": "->"})
-        axes.set(xlim=(20, 100), ylim=(-3, 103))
-        axes.set(xlabel="IoU of the sidewalk with its ground truth (%)")
-        axes.set_title("one stuff category, one image", fontsize=13)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
-        save(figure, Path(out, "pq.png"))
+    figure = new_figure(3.6)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.15))
+    for k, iou in enumerate((51, 49)):
+        found, pq, dagger, shift = at[iou]
+        segments, axes = draw_street(shift), figure.add_subplot(grid[k, 0])
+        image, wrong = COLOURS[segments.numpy() - 1], (segments != truth).numpy()
+        image[wrong] = 0.35 * image[wrong] + 0.65          # errors in light
+        axes.imshow(image)
+        axes.set_title(f"sidewalk IoU {found:.1f}:  PQ$_c$ {pq:.1f},  PQ$^†_c$ {dagger:.1f}")
+        axes.set_axis_off()
+    axes, above = figure.add_subplot(grid[:, 1]), rows[:, 0] > 50
+    for part, label in ((above, "PQ$_c$"), (~above, None)):
+        axes.plot(rows[part, 0], rows[part, 1], color="tab:red", lw=3, label=label)
+    axes.plot(rows[:, 0], rows[:, 2], color="tab:blue", lw=2, ls="--", label="PQ$^†_c$")
+    for iou, label, y in ((49, "the two images", 16), (51, "", 21)):
+        axes.plot(at[iou][0], at[iou][1], "o", color="tab:red", ms=9)
+        axes.annotate(label, at[iou][:2], (52, y), arrowprops={"arrowstyle": "->"})
+    axes.set(xlim=(20, 100), ylim=(-3, 103))
+    axes.set(xlabel="IoU of the sidewalk with its ground truth (%)")
+    axes.set_title("one stuff category, one image")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    save(figure, Path(out, "pq.png"))

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from data import IGNORE, crop, semantic_target
-from lab.draw import save
+from lab import shapes
+from lab.draw import new_figure, save
 from lab.ledger import print_seamless
 from lab.street import StreetScenes
 from seamless import SemanticHead, hardest_pixels_loss, resize_logits, resnet_fpn
@@ -89,9 +90,6 @@ def mean_iou(labels, truth, n):
 
 def show(steps=260, tests=60, device="cpu", out="figures"):
     """Prints the ledger and two tables, draws seamless.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     print_seamless()
     if steps < 100:
         print(f"{steps} steps are too few to learn: the tables below only show that all runs")
@@ -112,7 +110,7 @@ def show(steps=260, tests=60, device="cpu", out="figures"):
         for name, values in rows.items():
             print(f"  {name:51s}" + "".join(f"{v:9.1f}" for v in values))
 
-    figure = plt.figure(figsize=(10, 3.8), layout="constrained")
+    figure = new_figure(3.2)
     left, right = figure.subfigures(1, 2)
     axes = left.subplots()
     for (name, values), style in zip(differ.items(), ("o-", "s--")):
@@ -128,8 +126,8 @@ def show(steps=260, tests=60, device="cpu", out="figures"):
         row[0].imshow(image.numpy())
         for cell, size in zip(row[1:], (SIZES[0], SIZES[-1])):
             cell.imshow(palette[labels[size][name][0]].numpy())
-            cell.set_title(f"{name}, in {size[0]}x{size[1]}", fontsize=8)
+            cell.set_title(f"{name},\nin {size[0]}x{size[1]}")
         for cell in row:
             cell.axis("off")
     save(figure, Path(out, "seamless.png"))
-    plt.close(figure)
+    shapes.seamless(out, body, heads["MiniDL"], scenes=unseen)

@@ -1,4 +1,5 @@
-"""Images of segments: `draw` colours one image, `show_predictions` a sheet of them."""
+"""Images of segments: `draw` colours one image, `show_predictions` a sheet of them. And what all
+figures share: width, size of letters, colours of numbers."""
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,29 +9,49 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 
+WIDTH, DPI = 8, 125                # of each figure: inches, pixels an inch
+FONT = 8.5                         # points: 12 pixels where a figure is shown 800 pixels wide
+COLOURS = "viridis"                # of numbers; see tests/test_lab.py
+
+
 def pyplot():
-    """matplotlib.pyplot without a screen. It is imported where it is needed: it takes a second."""
+    """matplotlib.pyplot without a screen, with one size of letters and one colour map. It is
+    imported where it is needed: it takes a second."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot
+    sizes = dict.fromkeys(("font.size", "axes.titlesize", "figure.titlesize"), FONT)
+    matplotlib.rcParams.update({**sizes, "legend.fontsize": FONT, "image.cmap": COLOURS})
     return matplotlib.pyplot
 
 
+def new_figure(height, **options):
+    """An empty figure, WIDTH inches wide, that `save` writes."""
+    return pyplot().figure(figsize=(WIDTH, height), **{"layout": "constrained", **options})
+
+
 @contextmanager
-def figure_of(path, rows=1, columns=1, size=(10, 5), dpi=120, **options):
-    """A figure of `rows` x `columns` axes; on leaving, it is written to `path`. `options` go to
-    plt.subplots; without any, the axes fill the figure."""
-    plt = pyplot()
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, squeeze=False, **options)
-    yield axes
-    if not options:
-        figure.subplots_adjust(0, 0, 1, 1, 0.01, 0.01)
+def figure_of(path, rows, columns, height):
+    """A figure of `rows` x `columns` axes that fill it; on leaving, it is written to `path`."""
+    figure = new_figure(height, layout="none")
+    yield figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1, 0.01, 0.01)
     save(figure, path)
 
 
 def save(figure, path):
     """Writes a matplotlib figure to `path`, closes it and prints where it is. A palette of 256
-    colours needs a third of the bytes."""
+    colours needs a third of the bytes. A name that would cover another one is left out."""
+    figure.set_dpi(DPI)
+    figure.canvas.draw()
+    for ax in figure.axes:
+        boxes = []
+        for text in (t for t in ax.texts if t.get_gid() == "name"):
+            box = text.get_window_extent()
+            free = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1
+            free = free and not any(box.overlaps(other) for other in boxes)
+            text.set_visible(free)
+            boxes += [box] if free else []
     figure.canvas.draw()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
@@ -80,7 +101,7 @@ def draw(image, segments, segment_categories, categories, *, ax=None, names=True
         ax.imshow(out)
         ax.axis("off")
         for x, y, name in named:
-            ax.text(x, y, name, color="w", size=7, ha="center", va="center", clip_on=True,
+            ax.text(x, y, name, color="w", ha="center", va="center", clip_on=True, gid="name",
                     bbox={"facecolor": "k", "alpha": .4, "pad": 1, "lw": 0})
         return out
     sheet = Image.fromarray(out)
@@ -95,7 +116,7 @@ def draw(image, segments, segment_categories, categories, *, ax=None, names=True
 
 def show_predictions(path, shown, categories):
     """A sheet: each row an image, its label and a prediction. shown: rows (Sample, Prediction)."""
-    with figure_of(path, len(shown), 3, size=(15, 2.6 * len(shown))) as axes:
+    with figure_of(path, len(shown), 3, height=1.4 * len(shown)) as axes:
         for (sample, prediction), row in zip(shown, axes):
             row[0].imshow(sample.image.permute(1, 2, 0).numpy())
             row[0].axis("off")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from adaptis import sample_points, segment_instances
 from lab.cells import OverlappingCells
 from lab.demo_adaptis import found_and_false, instance_map
-from lab.draw import pyplot, save
+from lab.draw import COLOURS, new_figure, pyplot, save
 from lab.worlds import SEEDS
 
 
@@ -27,9 +27,14 @@ def result(model, sample, left, right, name):
     labels = instance_map(model.predict(sample.image))
     found, objects, false = found_and_false(labels, sample.segments, sample.categories)
     left.imshow(sample.image.permute(1, 2, 0).numpy())
-    left.set_title(name, fontsize=11)
+    left.set_title(name)
     right.imshow(coloured(sample.image, labels, int(labels.max())))
-    right.set_title(f"{found} of {objects} found, {false} false", fontsize=11)
+    right.set_title(f"{found} of {objects}, {false} false")
+
+
+def say(ax, text):
+    """Text above `ax` that may run on above its neighbours."""
+    ax.annotate(text, (0, 1), (0, 6), "axes fraction", "offset points").set_in_layout(False)
 
 
 def single_points(model, sample, axes):
@@ -49,13 +54,14 @@ def single_points(model, sample, axes):
         h, w = C.shape
         confidence = np.zeros((H, W))
         confidence[y:y + h, x:x + w] = C[:H - y, :W - x]
-        heat = plt.get_cmap("inferno")(confidence)[..., :3]
+        heat = plt.get_cmap(COLOURS)(confidence)[..., :3]
         share = confidence[..., None].clip(max=0.9)
         ax.imshow((grey + (heat - grey) * share).clip(0, 1), extent=(0, W, H, 0))
-        ax.plot(*point.tolist(), "o", ms=7, mfc="cyan", mec="black")
+        ax.plot(*point.tolist(), "o", ms=4, mfc="cyan", mec="black")
         ax.add_patch(plt.Rectangle((x, y), w, h, fill=False, ec="grey", ls=":"))
-    axes[0].set_title("image A: two points on one cell ...", fontsize=11, loc="left")
-    axes[2].set_title("... and points on others; dotted: the window", fontsize=11, loc="left")
+    axes[0].set_title(" ")
+    say(axes[0], "image A: two points on one cell ...")
+    say(axes[2], "... and points on others; dotted: the window; yellow: confidence 1")
 
 
 def greedy_steps(model, sample, axes):
@@ -85,20 +91,19 @@ def greedy_steps(model, sample, axes):
         panel[(unknown & (labels == 0)).numpy()] = 0.6
         ax.imshow(panel, extent=(0, W, H, 0))
         if len(asked) > rounds:
-            ax.plot(*asked[rounds].T.numpy(), "o", ms=4, mfc="white", mec="black")
-        name = f"the end, {len(asked)} rounds" if rounds == math.inf else f"{rounds} rounds"
-        ax.set_title(f"{name}: {int(labels.max())} cells", fontsize=11)
-    axes[0].set_ylabel("grey: unknown; dots: the\nseven points asked next", fontsize=9)
+            ax.plot(*asked[rounds].T.numpy(), "o", ms=3, mfc="white", mec="black")
+        ax.set_title(f"\n{min(rounds, len(asked))} rounds: {int(labels.max())} cells")
+    say(axes[0], "\nThe greedy algorithm. Grey: not segmented yet; dots: the seven points that the "
+                 "next round asks\n")
 
 
 @torch.no_grad()
 def draw(path, model):
     """Draws the figure with test images: six results, six points, six steps, one image of 384x384.
     The model is on the CPU, in eval mode."""
-    plt = pyplot()
     test = OverlappingCells(15, seed=SEEDS["test"])
     large = OverlappingCells(1, 384, (128, 352), seed=SEEDS["test"])[0]
-    figure = plt.figure(figsize=(14, 16.5), layout="constrained")
+    figure = new_figure(9.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
     axes = upper.subplots(4, 6)
     for k, (i, name) in enumerate(zip((0, 3, 5, 8, 11, 14), "ABCDEF")):

@@ -294,12 +294,11 @@ class Log:
 
 def draw_curves(folder):
     """curves.png from log.csv: each loss over the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from lab.draw import DPI, new_figure, pyplot
     with open(folder / "log.csv") as f:
         rows = list(csv.DictReader(f))
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(4.5)
+    ax = figure.subplots()
     names = [k for k in (rows[0] if rows else {}) if k not in ("step", *Log.FIXED)]
     for name in names:
         known = [r for r in rows if r[name]]                   # a stage has losses of its own
@@ -307,7 +306,7 @@ def draw_curves(folder):
                     label=name, lw=2.5 if name == "total" else 1.2)
     ax.set(xlabel="step", ylabel="loss, mean of an interval")
     if names:
-        ax.legend(ncols=2, fontsize=8)
+        ax.legend(ncols=2)
     ax.grid(alpha=0.3)
-    fig.savefig(folder / "curves.png", dpi=100)
-    plt.close(fig)
+    figure.savefig(folder / "curves.png", dpi=DPI)
+    pyplot().close(figure)

@@ -234,7 +234,7 @@ def show(scenes=100, out="figures"):
         quality.update(*baseline.predict(s.image), s.segments, s.categories, gt_crowd=s.crowd)
     print("colour baseline: PQ {PQ:.1f}, things {PQ_th:.1f}, stuff {PQ_st:.1f}".format(
         **quality.compute()))
-    with figure_of(Path(out, "data.png"), 4, 4, size=(12, 6)) as axes:
+    with figure_of(Path(out, "data.png"), 4, 4, height=4) as axes:
         for s, (left, right) in zip(street[1:], axes.reshape(-1, 2)):
             left.imshow(s.image.permute(1, 2, 0).numpy())
             left.axis("off")

@@ -12,10 +12,8 @@ PAPERS = {
 
 
 def claim(paper, where, text, of="", figure="", result=""):
-    """A mark: `paper` is a key of PAPERS, `where` its section or equation, `text` the claim.
-
-    `of` is the function that the claim is about, `figure` a file in figures/, `result` a row of
-    RESULTS.md."""
+    """A mark. `paper`: a key of PAPERS; `where`: its section or equation; `text`: the claim; `of`:
+    the function it is about; `figure`: a file in figures/; `result`: a row of RESULTS.md."""
     if paper not in PAPERS:
         raise ValueError(f"no paper {paper!r}: take one of {', '.join(PAPERS)}")
     return pytest.mark.claim(paper=paper, where=where, text=text, of=of, figure=figure,

@@ -1,5 +1,4 @@
 """The spec of adaptis.py (Sofiiuk, Barinova, Konushin, ICCV 2019).
-
 Oracles: loops over pixels, the dense convolution of the concatenated map, breadth-first search,
 finite differences, and small networks planted in place of the learned ones."""
 import hashlib
@@ -811,7 +810,7 @@ def test_the_cells_are_those_that_results_were_measured_on():
 def test_the_demo_in_small(tmp_path, monkeypatch):
     import matplotlib
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(matplotlib.rcParams, "figure.dpi", 15)
+    monkeypatch.setattr("lab.draw.DPI", 15)
     tiny = [OverlappingCells(15, 50, (1, 3), seed=2)[i] for i in range(15)]
     monkeypatch.setattr(figure_adaptis, "OverlappingCells", lambda *args, **kwargs: tiny)
     monkeypatch.setattr(demo_adaptis, "larger_images", lambda *args, **kwargs: {})

@@ -1,5 +1,4 @@
 """The spec of cabb_loss.py: Porzi et al., CVPR 2021, sections 2.2 to 2.4.
-
 The oracles are brute force over the set rho(G, C) of Eq. 2, written from its definition: every
 width on a fine grid, then finer grids around the best ones. They know nothing of (O1) and (O2).
 Random numbers are rounded to float32, so that one oracle holds for both precisions."""

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data import DataError
-from lab import leaderboard, report, runs, versus
+from lab import leaderboard, report, runs, shapes, versus
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,6 +106,24 @@ def test_the_leaderboard_takes_three_runs_that_keep_its_rules(
 def test_every_row_of_the_leaderboard_keeps_its_rules_or_says_that_it_is_no_entry():
     rows = json.loads((ROOT / "lab/results/leaderboard.json").read_text())["rows"]
     assert all(("no entry" in row["name"]) == bool(leaderboard.why_not(row)) for row in rows)
+
+
+STRIDES = {"seamless": {"body.stages.4": 32, "body[8]": 8, "semantic_head": 4, "fuse: segments": 1},
+           "adaptis": {"encoder: features": 2, "encoder.down.2": 16, "predict: segments": 1},
+           "affinity_head": {"features[32]": 32, "head: P": 4}, "ibs": {"mask_logits EA FB": 4},
+           "kernels": {"family.heat 2": 16}, "queries": {"mask_logits: E F": 4}}
+
+
+def test_each_network_draws_its_shapes_in_the_one_size_of_letters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                # no weights of an earlier demo
+    for name, draw in shapes.NETWORKS.items():
+        drawn = draw(tmp_path)
+        height, width = drawn.get("image", (3, 32, 32))[1:]    # ibs has two, of 32x32
+        for box, stride in STRIDES[name].items():
+            assert drawn[box][-2:] == (height // stride, width // stride), box
+        assert Image.open(tmp_path / f"{name}_shapes.png").width == 1000
+    lab = "".join(p.read_text() for p in (ROOT / "lab").rglob("*.py"))
+    assert not re.search("(font|label)size=", lab)
 
 
 def test_the_readme_names_files_that_exist():

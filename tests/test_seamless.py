@@ -1,5 +1,4 @@
 """The spec of seamless.py: the claims of "Seamless Scene Segmentation" (Porzi et al., CVPR 2019).
-
 The oracles are loops over pixels and boxes, closed cases, torchvision's operators."""
 import itertools
 import math
