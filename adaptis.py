@@ -27,8 +27,7 @@ With a semantic and a point proposal branch PQ on Cityscapes is 62.0 (Table 2, R
     python -m lab.clicks 7                                          then: click on cells of image 7
     pytest tests/test_adaptis.py                                    the spec of this file
 
-A point is (x, y) in pixels; the centre of pixel (row i, column j) is (j + .5, i + .5). A cell of a
-feature map covers stride x stride pixels. "Released code" is the authors'.
+A cell of a feature map covers stride x stride pixels. "Released code" is the authors'.
 
 K. Sofiiuk, O. Barinova, A. Konushin, "AdaptIS: Adaptive Instance Selection Network", ICCV 2019.
 """
@@ -151,9 +150,8 @@ class InstanceSelection(nn.Module):
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
       no numbers; released code has one AdaIN after three (as good: `python -m lab.variants`).
     Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
-    Choice: the last layer gives stride^2 values a cell, one for each of its pixels.
-    As in released code scales are 1 + what the controller says, and the logit is x / 5 - 1.7, so
-    that training starts near p = .15: most pixels are not the object's."""
+    As in released code scales are 1 + the controller's, and the logit is x / 5 - 1.7: p starts near
+    .15, as most pixels are not the object's."""
 
     def __init__(self, channels, stride, *, width=32, blocks=3, window=None, radius=280,
                  coordinates=True):
@@ -195,14 +193,13 @@ class InstanceSelection(nn.Module):
         x = self.adain(x, 1 + scales[0], shifts[0])
         for layer, scale, shift in zip(self.adapted, scales[1:], shifts[1:]):
             x = self.adain(F.relu(layer(x)), 1 + scale, shift)
-        return F.pixel_shuffle(self.layers(x), self.stride)
+        return F.pixel_shuffle(self.layers(x), self.stride)    # Choice: a value for each pixel
 
 
 # --- 3 Training and appendix A: which points, which loss --------------------------------------
 
 def one_of(groups, ids, generator=None):
-    """A random member of each group in `ids`: groups int64 [M], the group of each of M members ->
-    indices of members, int64, as many as ids."""
+    """groups int64 [M] of M members, ids int64 -> the index of a random member of each group."""
     size = torch.bincount(groups)
     first = size.cumsum(0) - size                              # in the order of the groups
     share = torch.rand(ids.shape, generator=generator, device=ids.device)
@@ -216,38 +213,33 @@ def sample_points(segments, objects, count, generator=None):
     area = torch.bincount(segments.flatten(), minlength=1 + max(objects.tolist(), default=0))
     if len(objects) == 0 or not area[objects].all():
         raise ValueError(f"objects {objects.tolist()}: at least one is needed, each with a pixel")
-    width, device = segments.shape[1], segments.device
-    ids = objects[torch.randint(len(objects), (count,), generator=generator, device=device)]
-    pixel = one_of(segments.flatten(), ids, generator)
+    ids = objects[one_of(torch.zeros_like(objects), objects.new_zeros(count), generator)]
+    pixel, width = one_of(segments.flatten(), ids, generator), segments.shape[1]
     return torch.stack([pixel % width, pixel // width], 1) + 0.5, ids
 
 
 def sample_batch(targets, isthing, count, same=False):
-    """The same for B Targets at once: in a loop over images a GPU would wait for each. The segments
-    of all images get one numbering. `same`: all points of an image on one object -> points
-    [B, count, 2]; ids [B, count], 0 in an image without objects; segments [B, H, W], 0 where
-    nothing is learnt; the area of each number; the semantic truth [B, H, W]."""
+    """The same for B Targets at once, which share one numbering: in a loop over images a GPU would
+    wait for each. `same`: all points of an image on one object -> points [B, count, 2]; ids
+    [B, count], 0: no object; segments [B, H, W], 0: void; areas; the semantic truth [B, H, W]."""
     void, B = targets[0].crowd.new_ones(1), len(targets)
     idle = torch.cat([v for t in targets for v in (void, t.crowd)])            # [S]
     category = torch.cat([v for t in targets for v in (void.long(), t.categories)])
     image = torch.tensor([b for b, t in enumerate(targets) for _ in range(1 + len(t.crowd))])
     image, rows = image.to(idle.device), torch.arange(B, device=idle.device)[:, None]
-    first = (image < rows).sum(1)                              # the number of an image's void
-    numbers = torch.stack([t.segments for t in targets]) + first[:, None, None]
+    numbers = torch.stack([t.segments for t in targets]) + (image < rows).sum(1)[:, None, None]
     area, (H, W) = torch.bincount(numbers.flatten(), minlength=len(idle)), numbers.shape[1:]
     objects = (image == rows) & isthing[category] & ~idle & (area > 0)         # [B, S]
     draw = torch.rand(B, 1 if same else count, len(idle), device=idle.device)
     ids = (draw * objects[:, None]).argmax(2).expand(B, count)
     pixel = one_of(numbers.flatten(), ids) % (H * W)
-    points = torch.stack([pixel % W, pixel // W], 2) + 0.5
-    truth = torch.where(idle, IGNORE, category)[numbers]
-    return points, ids, torch.where(idle[numbers], 0, numbers), area, truth
+    points, void = torch.stack([pixel % W, pixel // W], 2) + 0.5, idle[numbers]
+    return points, ids, numbers.where(~void, 0), area, category[numbers].where(~void, IGNORE)
 
 
 def focal_loss(logits, masks, weight=None, gamma=2, normalized=False):
-    """FL = -(1 - p)^gamma log p, the mean over the pixels of each mask: logits, masks [N, h, w]
-    -> [N]. p is the probability of a pixel's true label. A `weight` [N, h, w] of 0 leaves pixels
-    out. normalized: see NFL."""
+    """FL = -(1 - p)^gamma log p with p of a pixel's true label: logits, masks [N, h, w] -> [N], the
+    means over the pixels. A `weight` [N, h, w] of 0 leaves pixels out. normalized: see NFL."""
     loss = F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype), reduction="none")
     weight = torch.ones_like(loss) if weight is None else weight.to(loss.dtype)
     focus = weight * (-torch.expm1(-loss)) ** gamma            # 1 - p = 1 - exp(log p)
@@ -260,8 +252,8 @@ def normalized_focal_loss(logits, masks, weight=None, gamma=2):
 
     The weights (1 - p)^gamma pick the pixels that are still wrong. Their sum P fades as the network
     improves; NFL divides by it. "The total gradient of the NFL is equal to the total gradient of
-    BCE" is true of the weights: both sum to 1. By the logits NFL has more in sum: a pixel has
-    (1 - p)^gamma [(1 - p) - gamma p log p] / P, in BCE (1 - p) / hw.
+    BCE" is true of the weights, which sum to 1. By the logits it is not: a pixel of NFL has
+    (1 - p)^gamma [(1 - p) - gamma p log p] / P, of BCE (1 - p) / hw.
     Choice: gamma 2 and no gradient through P, as in released code. P is at least 1/1000 (not 0/0).
     Released code also weighs the object by 1/2 (toys) or 1/4, the rest by 1/2 or 3/4."""
     return focal_loss(logits, masks, weight, gamma=gamma, normalized=True)
@@ -359,11 +351,10 @@ def local_maxima(score):
 
 
 class AdaptIS(nn.Module):
-    """Backbone, selection network, semantic branch, point proposal branch.
+    """Backbone, selection network, semantic and point proposal branch (Choice: of two layers each).
     isthing: bool [C]. encoder: images -> one feature map; has `.channels` and `.stride`. points: K,
     points an image in training. loss: of the masks. proposals: share of the steps that train the
-    point proposal branch; 0: none, points are random. Rest: InstanceSelection, segment_instances.
-    Choice: both branches have two layers of `width` channels."""
+    proposal branch; 0: none, points are random. The rest: InstanceSelection, segment_instances."""
 
     def __init__(self, isthing, encoder, *, width=32, blocks=3, window=None, radius=280,
                  coordinates=True, points=6, loss=normalized_focal_loss, proposals=0.1,
@@ -381,18 +372,16 @@ class AdaptIS(nn.Module):
             if outputs else None for outputs in (len(isthing), int(proposals > 0)))
         self.points, self.loss, self.threshold, self.flip = points, loss, threshold, flip
         self.search = dict(per_round=per_round, patience=patience, min_area=min_area)
-        self.stuff_area, self.proposal_share = stuff_area, proposals
-        self.random_points = not proposals
+        self.stuff_area, self.share, self.random_points = stuff_area, proposals, not proposals
 
     def stages(self, fit):
-        """[(name, optimiser, steps), ...]: all but the proposal branch, then that branch alone. The
-        training loop lets only the optimiser's parameters learn. Section 7: Adam with beta 0.9 and
-        0.999, the backbone with a rate of its own."""
+        """[(name, optimiser, steps), ...]: all but the proposal branch, then that branch alone.
+        Section 7: Adam with beta 0.9 and 0.999, the backbone with a rate of its own."""
         encoder = [p for p in self.encoder.parameters() if p.requires_grad]
         heads = [*self.selection.parameters(), *self.semantic.parameters()]
         groups = [{"params": encoder, "lr": fit["lr_body"]}, {"params": heads}]
         adam = partial(torch.optim.Adam, lr=fit["lr"], weight_decay=fit["decay"])
-        first = round((1 - self.proposal_share) * fit["steps"])
+        first = round((1 - self.share) * fit["steps"])
         stages = [("masks", adam(groups), first)]
         if self.proposal:
             stages.append(("proposals", adam(self.proposal.parameters()), fit["steps"] - first))
@@ -405,8 +394,7 @@ class AdaptIS(nn.Module):
         their masks with the truth are positive, the others negative (released code: soft targets).
         Choice: all weights 1; cross entropy for the semantic branch (released code: NFL)."""
         (H, W), s = images.shape[2:], self.stride
-        learning = {name for name, part in self.named_children()
-                    if any(p.requires_grad for p in part.parameters())}
+        learning = {n.split(".")[0] for n, p in self.named_parameters() if p.requires_grad}
         second = learning == {"proposal"}
         for part in (self.encoder, self.selection, self.semantic) if second else ():
             part.eval()                                        # running statistics stay, too
@@ -434,14 +422,12 @@ class AdaptIS(nn.Module):
     @torch.no_grad()
     def predict(self, image, size=None):
         """image [3, H, W] -> Prediction at `size` (height, width), the image's own by default.
-        Pixels of the semantic branch's stuff are marked as segmented. The greedy algorithm finds
-        the things on the rest; random points come from seed 0, so that results repeat. A thing's
-        category is l(M) = argmax_l of the sum of p_l over its pixels in R (paper: over M). With
-        `flip` all probabilities are means over V = 2 views, the image and its mirror image.
+        The greedy algorithm finds things where the semantic branch sees no stuff; random points
+        come from seed 0: results repeat. A thing's category is l(M) = argmax_l of the sum of p_l
+        over R (paper: over M). `flip`: means over V = 2 views, the image and its mirror image.
         As in released code a background, 1 - the sum of p_l over things, takes part in the argmax:
         no mask takes pixels that are stuff for sure. Other pixels that look like a thing are void.
-        Deviation: stuff of fewer than `stuff_area` pixels (of 1024x2048, scaled with the image) is
-          void. Released code drops none."""
+        Deviation: stuff under `stuff_area` pixels (of 1024x2048, scaled) becomes void."""
         (H, W), s, classes, V = image.shape[1:], self.stride, len(self.isthing), 1 + self.flip
         image = F.pad(image[None], (0, -W % s, 0, -H % s), mode="replicate")
         features = self.encoder(torch.cat([image, image.flip(-1)])[:V])        # [V, C, h, w]
@@ -461,9 +447,8 @@ class AdaptIS(nn.Module):
         logits = [F.interpolate(branch(features).float(), scale_factor=s, mode="bilinear")
                   for branch in (self.semantic, self.proposal) if branch]
         semantic = mean(logits[0].softmax(1))[:, :H, :W]                       # [classes, H, W]
-        points = None                                          # at random
-        if not self.random_points:
-            points = local_maxima(mean(logits[1].sigmoid())[0, :H, :W])
+        proposed = mean(logits[-1].sigmoid())[0, :H, :W]
+        points = None if self.random_points else local_maxima(proposed)
         category = semantic.argmax(0)
         labels, scores = segment_instances(
             propose, self.isthing[category], self.threshold, points=points,
@@ -475,14 +460,13 @@ class AdaptIS(nn.Module):
         things = sums[1:].masked_fill(~self.isthing, -1).argmax(1)
         stuff = torch.where(self.isthing[category], 0, n + 1 + category)       # things are 1..n
         segments = torch.where(labels > 0, labels, stuff)
-        if size is not None:                                   # the nearest: numbers must not mix
-            segments = segments[nearest(H, size[0])[:, None], nearest(W, size[1])]
+        h, w = size or (H, W)                                  # the nearest: numbers must not mix
+        segments = segments[nearest(H, h)[:, None], nearest(W, w)]
         area = torch.bincount(segments.flatten(), minlength=n + classes + 1)[1:]
-        least = max(self.stuff_area * segments.numel() / (1024 * 2048), 1)
-        number = torch.arange(n + classes, device=area.device)
-        keep = area >= torch.where(number < n, 1, least)
+        keep = area >= max(self.stuff_area * segments.numel() / (1024 * 2048), 1)
+        keep[:n] = area[:n] > 0
         segments, scores = new_numbers(keep)[segments], F.pad(scores, (0, classes), value=1.0)[keep]
-        categories = torch.cat([things, number[:classes]])[keep]
+        categories = torch.cat([things, torch.arange(classes, device=area.device)])[keep]
         n = int(keep[:n].sum())
         masks = segments == torch.arange(1, n + 1, device=segments.device)[:, None, None]
         instances = dict(boxes=mask_boxes(segments, len(categories))[:n], masks=masks,
@@ -531,7 +515,6 @@ if __name__ == "__main__":
     command_line(demo, __doc__, quick="train for ten seconds", full="train for fifty minutes")
 
 # Exercises
-# 1. Let `corners` use the whole map, whatever `window` says. Which test fails? What becomes of
-#    larger images, by the demo's table?
+# 1. Let `corners` use the whole map. Which test fails? What becomes of larger images (demo)?
 # 2. In `focal_loss` drop `.detach()`. Which test fails? What makes NFL small now?
 # 3. In `segment_instances` take the first of seven answers, not the surest. Which tests fail?
