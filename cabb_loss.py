@@ -21,8 +21,10 @@ sampling of isus.py and a new architecture. The loss alone adds about 10 ms a ba
     python cabb_loss.py [--quick] [--full] [--device D] [--out DIR]    example, detectors, figure
     pytest tests/test_cabb_loss.py                                     the spec of this file
 
-Deltas are float [N, 4]: delta_x delta_y log(omega_x) log(omega_y) of a box against an anchor. The
-crop is [0, width] x [0, height], crop_size = (height, width).
+Deltas are float [N, 4]: delta_x delta_y log(omega_x) log(omega_y) of a box against an anchor, with
+weight 1 (torchvision's box head multiplies them by 10 10 5 5). The crop is [0, width] x [0, height]
+and crop_size = (height, width). Nothing pulls a side beyond the crop: a box that is right inside
+costs 0, however large. A side that is predicted inside of the crop still costs.
 
 Porzi, Rota Bulò and Kontschieder, "Improving Panoptic Segmentation at All Scales", CVPR 2021.
 """
@@ -79,7 +81,7 @@ def smooth_l1(z, beta):
 
 def check(deltas, gt_boxes, anchors, beta):
     """ValueError for wrong shapes, a beta out of range, an empty or reversed box. Boxes are checked
-    on the CPU only: a GPU would make the program wait.
+    on the CPU only: on a GPU each check would make the program wait.
     Deviation: the paper allows any beta > 0. The solver below is proved for beta <= 2."""
     if not deltas.shape == gt_boxes.shape == anchors.shape == (len(deltas), 4):
         shapes = [list(t.shape) for t in (deltas, gt_boxes, anchors)]
@@ -290,7 +292,8 @@ def cabb_targets(deltas, gt_boxes, anchors, beta, crop_size, truncated=None):
 def cabb_loss(deltas, gt_boxes, anchors, beta, crop_size=None, truncated=None):
     """Eq. 2: L_CABB(Delta_P) = min of L_BB(Delta_P; Delta) over rho_A(G, C) -> [N].
 
-    Arguments: see `cabb_targets`. Never more than Eq. 1 at G|C; equal to it if no side is free.
+    crop_size None: Eq. 1, for whole images. Other arguments: see `cabb_targets`. Never more than
+    Eq. 1 at G|C; equal to it if no side is free.
 
     Proposition 1: the gradient is that of Eq. 1 with the minimiser phi(Delta_P) as a constant. phi
     moves with the prediction, but the loss is flat around a minimum, and at the bound phi stays.

@@ -12,7 +12,8 @@ A crop cuts objects. A Target holds two boxes of each: `boxes` of the visible pa
 the whole object. `truncated` marks the edges beyond which it goes on, which cabb_loss.py needs.
 
 Boxes are float [N, 4], x1 y1 x2 y2 in pixels, half open (x2 = last pixel + 1). Pixel (i, j) has its
-centre at (j + .5, i + .5). A data set is a sequence of Samples; `.labels(i)` reads no image.
+centre at (j + .5, i + .5), in row i. A data set is a sequence of Samples with a list `.categories`.
+Its `.labels(i)` gives segments, categories and crowd of Sample i, and reads no image.
 `Choice:` marks what a paper leaves open, `Deviation:` what a file does otherwise than its paper.
 
     python data.py [--quick] [--full] [--device D] [--out DIR]     the example below, then a figure
@@ -59,7 +60,7 @@ class Category(NamedTuple):
 @dataclass
 class Sample:
     """One whole image and its label."""
-    image: torch.Tensor       # float32 [3, H, W], 0..1
+    image: torch.Tensor       # float32 [3, H, W], 0..1, not normalised
     segments: torch.Tensor    # int64 [H, W], 0 is void
     categories: torch.Tensor  # int64 [N], of segment k at k - 1
     crowd: torch.Tensor       # bool [N]
@@ -109,7 +110,7 @@ def encode(boxes, anchors):
 
 
 def decode(deltas, anchors, limit=math.log(1000 / 16)):
-    """The inverse of `encode` -> boxes [N, 4]. Larger log-sizes than `limit` could overflow."""
+    """The inverse of `encode` -> boxes [N, 4]. Log-sizes above `limit` are clamped to it."""
     c_a, d_a = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     c, d = c_a + deltas[:, :2] * d_a, d_a * deltas[:, 2:].clamp(max=limit).exp()
     return torch.cat([c - d / 2, c + d / 2], 1)
@@ -119,7 +120,7 @@ def pyramid_level(boxes, levels=4, canonical=224, k0=3):
     """The pyramid level that serves a box: boxes [N, 4] -> int64 [N] in 1..levels.
         k = max(1, min(levels, floor(k0 + log2(sqrt(w h) / canonical))))
     An object of `canonical` pixels (224: ImageNet's image size) belongs to level k0. Network and
-    sampler (isus.py) must use the same rule. A NaN box gets level 1.
+    sampler (isus.py) must use the same rule. Level k is FPN's P(k + 1). A NaN box gets level 1.
     Deviation: Porzi et al. 2019 print the root over all of the fraction, FPN (2017) as here."""
     size = (boxes[:, 2:] - boxes[:, :2]).nan_to_num().clamp(min=0).prod(1).sqrt()
     return (k0 + (size / canonical).log2()).floor().clamp(1, levels).long()

@@ -2,7 +2,7 @@ r"""Intra-batch supervision (IBS): a thing of one crop must have an empty mask i
 
 The problem. A unified network computes one vector for each segment (its embedding, a row of E) and
 one for each pixel (the features F). The mask of a segment is the sigmoid of their product. Training
-cuts crops from large images: PQ is 59.5, on whole images 57.2 (Table 1). But a crop shows few cars,
+on crops of large images has PQ 59.5, on whole images 57.2 (Table 1). But a crop shows few cars,
 so the network learns to tell few cars apart. On a whole image the mask of one car covers parts of
 others: it is confused. This happens mainly to large things of one category.
 
@@ -13,7 +13,7 @@ crop 2, so its mask there must be empty:
                                  x --> logits [N, H, W] --> focal loss towards 0, things only (4.1)
     crop 2 --> F_2 [C, H, W] ---'
 
-It needs no new data and no new weights, and it changes nothing at test time. A mask that is empty
+No new data or weights; in training one more product a crop; no change at test. A mask that is empty
 already teaches nothing. So section 4.2 draws pairs of crops that show one category at a similar
 size: there confusion is likely.
 
@@ -82,8 +82,8 @@ def pick_targets(image_ids, generator=None, paired=False):
     """Draws for each crop i another crop tgt_i, whose features its embeddings meet -> int64 [B].
 
     image_ids int64 [B]: the image that each crop comes from. tgt_i is drawn uniformly among the
-    crops of OTHER images; -1 where there is none. paired: crops 2k and 2k + 1 were drawn as a pair
-    (section 4.2), and each is the target of the other, if their images differ.
+    crops of OTHER images; -1 where there is none. All ids alike: IBS is off. paired: 2k and 2k + 1
+    come as a pair (section 4.2), and each is the target of the other, if their images differ.
     Deviation: the paper takes any other crop, and so does the released code. Two crops of one image
     may share an object, and its mask is then not empty. The paper expects this to be rare "due to
     the large dataset size". A small data set shows an image twice in a batch more often.
@@ -117,7 +117,7 @@ def ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.0):
     features: F [B, C, H, W]. is_thing: a list of B tensors bool [N_i].
     targets: int64 [B] from `pick_targets`; -1: this crop has none.
     Both sides get gradients. Without a target or a thing the loss is 0 and gradients are zeros.
-    Choice: alpha = 0.25, gamma = 2, as in released code and Lin et al. 2017.
+    Choice: alpha = 0.25, gamma = 2 (released code; Lin 2017): confused pixels weigh most.
     Choice: the mean over all pixels, then over all masks of the batch: all masks weigh the same.
     Deviation: weight and masks differ from the released code. Panoptic FCN: 4 on Cityscapes, 15 on
     Vistas; each of a thing's up to seven kernels makes a mask. Mask2Former: 50 and 100, at 12,544

@@ -20,7 +20,8 @@ The claim. ISUS "will have the effect of smoothing out the object scale distribu
 more uniform supervision across all scales". With the loss of cabb_loss.py and a new architecture
 the paper reports +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best. On the
 toy streets of the demo ISUS does not make levels more equal: a crop shows eight things on average,
-and at most one was chosen. The others are only resized with it.
+and at most one was chosen. The others are only resized with it. The price of equal categories: one
+of C that occurs in a single image shows that image in 1/C of all crops.
 
     python isus.py [--quick] [--full] [--device D] [--out DIR]    example, Figure 2, levels in crops
     pytest tests/test_isus.py                                     the spec of this file
@@ -64,12 +65,12 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
 
         sigma = size / sqrt(w h),    clamped to r_th = (low, high)
 
-    A clamped sigma may miss the level. ValueError: the pyramid has no such level.
+    A clamped sigma may miss the level: r_th = (0.5, 2) moves a size by an octave at most.
 
     Choice: the paper asks for one factor, but a whole octave of them fits. The size is drawn log-
     uniformly, without a thousandth of the octave at each end, against errors of float numbers.
     Choice: the first and the last level serve all smaller and all larger sizes too. Only one octave
-    of them is drawn. So tiny things grow even for level 1."""
+    of them is drawn. So tiny things grow even for level 1. ValueError: there is no such level."""
     if not 1 <= level <= levels:
         raise ValueError(f"level {level} does not exist: the pyramid has the levels 1 to {levels}")
     x1, y1, x2, y2 = torch.as_tensor(box).tolist()
@@ -159,7 +160,7 @@ def window_start(pixel, length, window, generator):
 
 
 class CropSampler(IterableDataset):
-    """An endless supply of batches: images [batch, 3, h, w] and a list of Targets.
+    """Endless batches (images [batch, 3, h, w], Targets): DataLoader(sampler, batch_size=None).
 
     mode "isus"     section 2.1: uniform in categories, and in levels of a random instance
          "cus"      uniform in categories; sigma uniform; the crop where the category is visible
@@ -169,7 +170,7 @@ class CropSampler(IterableDataset):
     short_side      s0, the length of the shorter side before sigma; 0: as it is
     scale           r_st: sigma of stuff, and in other modes than "isus" of all
     scale_things    r_th: the limits of sigma of things in mode "isus"
-    levels, canonical   the rule of data.pyramid_level
+    levels, canonical   the rule of data.pyramid_level, with its k0 = 3
     flip, jitter, hue   probability of a mirror image; the arguments of data.colour_jitter
     batch           crops that this process receives; the whole batch has n = batch * world
     start           the first batch; rank, world: which of how many processes this is
@@ -274,7 +275,6 @@ if __name__ == "__main__":
 
 # Exercises
 # 1. Let `scale_for_level` take the middle of each octave. Which sizes are never seen now?
-# 2. Crop ISUS at the category, as the paper says: draw the instance for sigma only and keep all
-#    `rows` for step 4. In how many crops is the chosen instance still visible?
-# 3. Make the levels of all things in the crops more equal: the demo's table must gain 0.15 bits at
+# 2. Draw the instance for sigma only and keep all `rows` in step 4. How many crops still show it?
+# 3. Make the levels of all things more equal: raise the entropy in the demo's table by 0.15 bits at
 #    the scales 0.25 to 4. Is it best to draw levels uniformly?

@@ -106,6 +106,8 @@ def joint_areas(pred_segments, gt_segments, P, G):
 
 class PanopticQuality:
     """Adds up a data set image by image; `compute` gives all measures in percent. isthing: [C].
+    Call `update` for each image, `all_reduce` if there are several processes, then `compute`.
+    PQ comes from sums over all images. It is not the mean of the PQ of images.
 
     Void and crowd as in COCO's panoptic API. Void pixels of the truth are in no union; those of a
     crowd are. A crowd never matches and is no FN. An unmatched prediction is no FP if more than
@@ -113,8 +115,8 @@ class PanopticQuality:
     2019, which their code lacks: no FN if predicted void covers more than half of the segment.
     Choice: of several crowds of one category in an image the last counts, as in the official code.
     Choice: a segment without a pixel does not exist: no FP, no FN.
-    Choice: if M_c is empty, PQ-dagger_c is 0/0. It is 0 if c occurs on either side, since nothing
-      of it was right; else it is left out of the mean, as PQ_c is.
+    Choice: if M_c is empty, PQ-dagger_c is 0/0. It is 0 if c has an FP or an FN, since nothing of
+      it was right; else it is left out of the mean, as PQ_c is.
     Choice: pixels under true void or crowd count neither in Acc_th nor in Prec_th nor in mIoU."""
 
     def __init__(self, isthing, void_rule="coco"):
@@ -128,7 +130,8 @@ class PanopticQuality:
 
     @torch.no_grad()
     def update(self, pred_segments, pred_categories, gt_segments, gt_categories, gt_crowd=None):
-        """One image: segments int64 [H, W] (0 void), categories int64 [N] of segments 1..N."""
+        """One image: segments int64 [H, W] (0 void), categories int64 [N] of segments 1..N.
+        Give all stuff of one category one segment: parts are not joined here."""
         C = len(self.isthing)
         pred_categories, gt_categories, crowd = check_categories(
             pred_categories, gt_categories, gt_crowd, count=C)
@@ -173,7 +176,8 @@ class PanopticQuality:
 
     def compute(self):
         """Percent, NaN where there is nothing to average: PQ SQ RQ PQ_dagger, each also with _th
-        and _st; Acc_th Prec_th mIoU; per_category: a dict for each category."""
+        and _st; Acc_th Prec_th mIoU; per_category: a dict for each category.
+        A category without a TP has SQ 0, which lowers the mean SQ."""
         s, thing, pixels = self.sums, self.isthing, self.sums["pixels"]
         tp, fp, fn = s["tp"], s["fp"], s["fn"]
         occurs, nan = tp + fp + fn > 0, torch.tensor(torch.nan, dtype=torch.float64)

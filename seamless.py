@@ -8,13 +8,13 @@ ResNet with a feature pyramid, two light branches, and a rule that fuses them:
                         |-> proposal head -> boxes -> region head -> category, box, mask --.
                         `-> 4 x MiniDL -> concatenate -> 1x1 -> category of each pixel ----+-> fuse
 
-MiniDL ("Mini-DeepLab") is the new part. DeepLab gives each pixel the mean of the whole image, which
-changes with the size of the image. MiniDL takes the mean of a window of 64x64 features around it.
+MiniDL ("Mini-DeepLab") is new. DeepLab gives each pixel the mean of the whole image: of a crop in
+training, of far more at the test. MiniDL takes the mean of a window of 64x64 features around it.
 
 The paper claims 51.43 M parameters and 0.514 TFLOP at 1024x2048; two networks take 78.06 M and
 0.864. PQ, one against two networks: Cityscapes 59.8, 59.8; IDD 46.9, 47.2. Vistas, one: 36.2. With
-the released stride 64 and MiniDL (see there) this file would have 48,288,147 + 4,719,104 -
-1,572,864 = 51,434,387 parameters.
+the released stride 64 and MiniDL (see there) this file would have, for 8 things and 11 stuff,
+48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
     pytest tests/test_seamless.py                                       the spec of this file
@@ -340,9 +340,9 @@ def mask_targets(segments, number, boxes, size=28):
 # --- 3.3, 3.4 Semantic segmentation branch and its loss ---------------------------------------
 
 def window_mean(x, window):
-    """Mean over a window around each pixel of x [B, C, H, W]; over all of a smaller map. Plain:
-    F.pad(F.avg_pool2d(x, window, 1), [(window - 1) // 2, window // 2] * 2, mode="replicate"). Eight
-    times faster: the sum of a window is a difference of two running sums, once along each axis."""
+    """Mean over a window around each pixel of x [B, C, H, W]; over all of a smaller map. Plain, of
+    others: F.pad(F.avg_pool2d(x, window, 1), [(window - 1) // 2, window // 2] * 2, "replicate").
+    Faster: the sum of a window is a difference of two running sums, once along each axis."""
     dtype, x = x.dtype, x.float()                              # bf16 has too few digits for a sum
     for axis in (2, 3):
         size, k = x.shape[axis], min(window, x.shape[axis])
@@ -458,7 +458,7 @@ class Seamless(nn.Module):
         self.semantic_head = SemanticHead(body.channels, len(isthing), body.channels // 2, window)
 
     def losses(self, images, targets):
-        """images [B, 3, H, W], a Target an image -> the six losses of both branches."""
+        """images [B, 3, H, W], a Target each -> six losses of both branches: train on their sum."""
         features, size = self.body(images), images.shape[-2:]
         return {**self.detection_losses(features, targets, size)[0],
                 **self.semantic_losses(self.semantic_head(features), targets, size)}
@@ -482,7 +482,7 @@ class Seamless(nn.Module):
 
     @torch.no_grad()
     def predict(self, image, size=None):
-        """image [3, H, W] -> Prediction at `size`, the image's own if None.
+        """After eval(): image [3, H, W] in 0..1 -> Prediction at `size`, the image's own if None.
         Choice: `stuff_area` is for 1024x2048 pixels and grows with the area of the image."""
         features, old = self.body(image[None]), image.shape[-2:]
         size = size or old

@@ -90,8 +90,8 @@ class Losses(nn.Module):
 def rate(step, steps, warmup, drops, *, poly, cosine=False):
     """The factor of the learning rate at `step` of a stage of `steps` -> float.
 
-    Linear warm-up from a third; then a tenth after each share of `drops`, or, where poly > 0, the
-    polynomial (1 - step / steps) ** poly, or with `cosine` half a cosine, from 1 down to 0."""
+    Linear warm-up from a third, over a quarter of the steps at most; then a tenth after each share
+    of `drops`, or, where poly > 0, (1 - step / steps) ** poly, or with `cosine` half a cosine."""
     warmup = min(warmup, steps // 4)
     if step < warmup:
         return 1 / 3 + 2 / 3 * step / warmup
@@ -105,7 +105,8 @@ def rate(step, steps, warmup, drops, *, poly, cosine=False):
 def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps=1000, batch=4,
         accumulate=1, lr=0.01, lr_body=0.0, decay=1e-4, decay_norms=True, warmup=0, drops=(),
         poly=0.0, cosine=False, clip=10.0, interval=50):
-    """Trains the model stage by stage -> seconds spent.
+    """Trains the model stage by stage -> seconds spent. A model offers losses(images, targets),
+    stages(plan) -> [(name, optimiser, steps)] and predict(image, size) -> Prediction.
 
     batches: an iterator of (images [B, 3, h, w], targets). save(optimiser, step, seconds, interval)
     writes a checkpoint: a minute after the last one, at the end, and before a signal ends the run;
@@ -113,6 +114,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
     `held_out(step, seconds)` is called after each step; it evaluates now and then. lr_body is the
     rate of the backbone, for methods whose `stages` has one; clip bounds the gradient's norm.
     A step draws `accumulate` parts of a batch one after the other and adds up their gradients.
+    `batch` is that of all processes and parts together. The rate does not grow with it.
     "waits" in the log is the share of time in which no batch was ready.
     A step that logs nothing does not wait for the GPU: losses are summed where they are computed,
     and read, and tested for NaN, once an interval and before a checkpoint."""

@@ -1,6 +1,5 @@
 """The spec of adaptis.py (Sofiiuk, Barinova, Konushin, ICCV 2019).
-Oracles: loops over pixels, the dense convolution of the concatenated map, breadth-first search,
-finite differences, and small networks planted in place of the learned ones."""
+Oracles: loops, the dense convolution, breadth-first search, finite differences, planted answers."""
 import hashlib
 import itertools
 import math
@@ -375,8 +374,8 @@ def test_objects_are_drawn_equally_often():
     assert all(abs(n - counts[4] / 4) < 97 for n in pixels)    # pixels, too
     one, _ = sample_points(blocks(4, 5, (3, 4, 4, 5)), torch.tensor([1]), 3, seeded(0))
     assert one.tolist() == [[4.5, 3.5]] * 3                    # an object of one pixel
-    targets = [target(s, [1, 1, 1, 0], [False, False, True, False])        # the third is a crowd,
-               for s in (segments, 0 * segments, segments.flip(0))]        # the fourth is stuff
+    targets = [target(s, [1, 1, 1, 0], [False, False, True, False])        # a crowd, stuff
+               for s in (segments, 0 * segments, segments.flip(0))]
     points, ids, known, area, _ = sample_batch(targets, torch.tensor([False, True]), 6000)
     x, y = points.floor().long().unbind(2)
     assert not ids[1].any() and torch.equal(known[torch.arange(3)[:, None], y, x][::2], ids[::2])

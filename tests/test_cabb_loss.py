@@ -121,9 +121,8 @@ def uniform(g, n, low, high):
 
 
 def scene(n, seed=0):
-    """Truths of all four kinds in each dimension (0 nothing cut, 1 left, 2 right, 3 both), anchors
-    of 1 to 4000 pixels anywhere, predictions near the full box, near its visible part, small, and
-    far off -> deltas, gt_boxes (in full), anchors, kinds [N, 2]."""
+    """Truths of four kinds a dimension (0 nothing cut, 1 left, 2 right, 3 both), anchors of 1 to
+    4000 pixels, predictions near and far -> deltas, gt_boxes (in full), anchors, kinds [N, 2]."""
     g = torch.Generator().manual_seed(seed)
     gt, anchors = torch.empty(2, n, 4, dtype=float64)
     kinds = torch.randint(4, (n, 2), generator=g)

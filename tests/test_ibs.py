@@ -1,6 +1,5 @@
 """The spec of ibs.py, lab/parking.py, lab/outside.py and the demo's pieces. Oracles are loops over
-pixels, all allowed windows, counts over thousands of draws, and slices of the unresized image. The
-networks that the paper trains have their own spec, test_unified.py."""
+pixels, all allowed windows, counts of draws, slices of the unresized image. See test_unified.py."""
 import collections
 import hashlib
 import itertools

@@ -1,6 +1,5 @@
 """The spec of isus.py, lab/index.py and lab/demo_isus.py: section 2.1 of "Improving Panoptic
-Segmentation at All Scales". Oracles: the formula in plain Python, loops over pixels, F.interpolate,
-and counting: n draws of probability p are off by at most five times sqrt(n p (1 - p))."""
+Segmentation at All Scales". Oracles: the formula, loops over pixels, F.interpolate, counting."""
 import math
 import os
 from collections import Counter

@@ -128,5 +128,11 @@ def test_each_network_draws_its_shapes_in_the_one_size_of_letters(tmp_path, monk
 
 def test_the_readme_names_files_that_exist():
     text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"\]\(([\w./]+)\)|`(lab/[\w/]+\.py)`", text):
-        assert (ROOT / (name[0] or name[1])).exists(), name
+    for file, anchor, module in re.findall(r"\]\(([\w./]+)#?([\w-]*)\)|`(lab/[\w/]+\.py)`", text):
+        assert (ROOT / (file or module)).exists(), file or module
+        heads = re.findall(r"^## (.*)$", (ROOT / file).read_text() if anchor else "", re.M)
+        slugs = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
+        assert not anchor or anchor in slugs, anchor
+    named = re.findall(r"`(\w+)`[^`|]*", text[text.index("## The map"):text.index("Each idea's")])
+    code = "".join(p.read_text() for p in ROOT.glob("*.py"))
+    assert all(re.search(rf"(def|class) {name}\b", code) for name in named) and len(named) > 12

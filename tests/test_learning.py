@@ -87,8 +87,7 @@ def test_cells_are_learnt_in_five_minutes_and_larger_images_are_no_harder(tmp_pa
        result="Affinity head, detections with shrunk boxes: the demo")
 def test_the_affinity_head_gives_objects_back_what_their_boxes_cut_off(tmp_path):
     """`python affinity_head.py`: PQ at least 5 above argmax over the potential on 150 unseen
-    images. On images of four times as many pixels the mean over the pixels holds what the sum
-    loses."""
+    images. On four times as many pixels the mean over the pixels holds what the sum loses."""
     out = run(ROOT / "affinity_head.py", cwd=tmp_path)
     rows = [(x[:32].strip(), float(x.split()[-3])) for x in out.splitlines()
             if x.startswith("  ") and "|" not in x]

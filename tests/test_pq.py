@@ -34,9 +34,8 @@ class Rolls(Dice):
 
 
 def random_image(seed):
-    """A truth of 4x5 cells, and a prediction that has most of it right: some cells moved, pixels
-    changed, segments merged or with another category; void on both sides, some crowds. Each id has
-    a pixel. -> the arguments of PanopticQuality.update."""
+    """A truth of 4x5 cells and a prediction with cells moved, pixels changed, segments merged or of
+    another category; void, crowds; each id has a pixel -> arguments of PanopticQuality.update."""
     g = Rolls(seed)
     G = 1 + int(8 * g())
     cells = g.integers(0, G + 1, 4, 5)
