@@ -247,7 +247,7 @@ def draw_figure(tables, example, out):
             if what == "size":
                 ax.axvline(SIDE, color="k", ls=":", lw=1)
                 ax.text(SIDE + 1, ax.get_ylim()[0] + 1, "a crop")
-    axes[0, 1].legend()
+    axes[0, 2].legend(loc="lower right")
     save(figure, Path(out, "cabb_loss.png"))
 
 

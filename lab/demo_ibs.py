@@ -220,7 +220,7 @@ def show_mask(ax, image, truth, mask):
     """The image in grey with the mask in red and the truth outlined; "none found" without mask."""
     image = image.mean(0, keepdim=True).expand(3, -1, -1) * 0.55 + 0.25
     if mask is None:
-        ax.text(0.5, 0.5, "none found", transform=ax.transAxes, ha="center", va="center",
+        ax.text(0.5, 0.15, "none found", transform=ax.transAxes, ha="center", va="center",
                 color="white")
     else:
         red = torch.tensor([0.95, 0.1, 0.1])[:, None, None]

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 WIDTH, DPI = 8, 125                # of each figure: inches, pixels an inch
 FONT = 8.5                         # points: 12 pixels where a figure is shown 800 pixels wide
-COLOURS = "viridis"                # of numbers; see tests/test_lab.py
+COLOURS = "viridis"                # of numbers
 
 
 def pyplot():
