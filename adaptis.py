@@ -4,9 +4,9 @@ The problem. A detector finds a box first and a mask in it afterwards. Two cells
 each other share one box, and a box cannot say which of the two is meant:
 
       +---------+     A point can. The network answers one question: which pixels belong to the
-      |\\     //|     object at (x, y)? Any point of the upper cell gives the upper cell. There are
+      |\\     //|     object at (x, y)? Any point of a cell gives that cell. There are
       |  \\ //  |     no boxes, no anchors and no clustering.
-      | //   \\ |
+      | //   \\ |     A point on no object is never trained: its mask means nothing.
       +---------+
 
 The idea. The point picks a vector Q(x, y) from the feature map. A few linear layers, the
@@ -20,7 +20,7 @@ controller, turn it into scales and shifts. They set a small network, the head, 
 
     AdaIN(x) = scale * (x - mean) / std + shift           mean and std over the pixels of a channel
 
-The claim. AP at an IoU of .9 on images of overlapping cells is 97.5, for Mask R-CNN 5.8 (Table 1).
+The paper's claim. AP at an IoU of .9 on overlapping cells is 97.5, for Mask R-CNN 5.8 (Table 1).
 With a semantic and a point proposal branch PQ on Cityscapes is 62.0 (Table 2, ResNeXt-101).
 
     python adaptis.py [--quick] [--full] [--device D] [--out DIR]   example, 5 minutes of training
@@ -89,8 +89,8 @@ class RelativeCoordConv(nn.Module):
         clip((x - x_point) / R, -1, 1),    clip((y - y_point) / R, -1, 1)
 
     points [N, 2] and the windows' upper left corners [N, 2] in pixels, `size` (height, width) in
-    cells. R "roughly sets the maximum size of an object": beyond it all places look alike. The
-    convolution is `place` in InstanceSelection. (Released code adds a third map, the distance.)"""
+    cells. Equal objects have equal features: X tells them apart. R "roughly sets the maximum
+    size of an object". InstanceSelection.place convolves X. (Released code adds the distance.)"""
 
     def __init__(self, radius, stride):
         super().__init__()
@@ -119,7 +119,7 @@ class Controller(nn.Module):
 
 
 def conv(inputs, outputs):
-    """3x3 convolution, then ReLU, then batch norm: the order of Figure 8."""
+    """3x3 convolution, ReLU, batch norm: the order of Figure 8. AdaIN, too, follows its ReLU."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True),
                          nn.BatchNorm2d(outputs))
 
@@ -144,9 +144,9 @@ class InstanceSelection(nn.Module):
 
         W * [F; X] = W_F * F + W_X * X                `share` is W_F, `place` is W_X
 
-    Deviation: the head sees only `window` (height, width) pixels around the point. The paper's sees
-      the whole image (window=None) and finds 234 of 250 cells of a large one (Figure 3 d). AdaIN's
-      mean depends on the share of an object: a toy one fills 2% of 96x96, 0.1% of 384x384 pixels.
+    Deviation: with a `window` (height, width) the head sees that many pixels around the point. None
+      is the paper's: the whole image. It finds 234 of 250 cells of a large one (Figure 3 d), for
+      AdaIN's mean changes with an object's share: a cell fills 2% of 96x96, 0.1% of 384x384 pixels.
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
       no numbers; released code has one AdaIN after three (as good: `python -m lab.variants`).
     Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
@@ -199,7 +199,7 @@ class InstanceSelection(nn.Module):
 # --- 3 Training and appendix A: which points, which loss --------------------------------------
 
 def one_of(groups, ids, generator=None):
-    """groups int64 [M] of M members, ids int64 -> the index of a random member of each group."""
+    """groups int64 [M]: each member's group. ids int64: groups -> a random member of each."""
     size = torch.bincount(groups)
     first = size.cumsum(0) - size                              # in the order of the groups
     share = torch.rand(ids.shape, generator=generator, device=ids.device)
@@ -209,7 +209,7 @@ def one_of(groups, ids, generator=None):
 def sample_points(segments, objects, count, generator=None):
     """Object-level stratification: "a random object and then ... a random point at that object",
     `count` times. So small objects are asked for as often as large ones. segments int64 [H, W],
-    objects int64 [n]: their numbers -> points [count, 2], ids [count]."""
+    objects int64 [n]: their numbers -> points [count, 2], ids [count]. Training: sample_batch."""
     area = torch.bincount(segments.flatten(), minlength=1 + max(objects.tolist(), default=0))
     if len(objects) == 0 or not area[objects].all():
         raise ValueError(f"objects {objects.tolist()}: at least one is needed, each with a pixel")
@@ -219,7 +219,7 @@ def sample_points(segments, objects, count, generator=None):
 
 
 def sample_batch(targets, isthing, count, same=False):
-    """The same for B Targets at once, which share one numbering: in a loop over images a GPU would
+    """The same for B Targets (data.py) at once, in one numbering: in a loop over images a GPU would
     wait for each. `same`: all points of an image on one object -> points [B, count, 2]; ids
     [B, count], 0: no object; segments [B, H, W], 0: void; areas; the semantic truth [B, H, W]."""
     void, B = targets[0].crowd.new_ones(1), len(targets)
@@ -270,15 +270,15 @@ def segment_instances(propose, unknown, threshold=0.5, overlap=0.5, per_round=7,
     """All objects of an image -> labels int64 [H, W] (0: none), scores [n]: mean confidences.
 
     propose(points [N, 2]) -> (C [N, h, w], corners [N, 2]): the confidences in a window around each
-    point and its upper left pixel (x, y). `unknown` bool [H, W]: where S, the map of segmented
-    objects, starts as unknown. points [n, 2]: ask there, in this order (section 5); None: at
+    point and its upper left pixel (x, y). S is the map of taken pixels: at first all but
+    `unknown` bool [H, W]. points [n, 2]: ask there, in this order (section 5); None: at
     random, of `per_round` points that with "the highest average confidence" (section 6).
     background float [H, W]: 1 - the sum of p_l over things, which takes part in the argmax.
 
         repeat: an answer M = [C > T];  if |M and S| < overlap |M|:  add the object,  S = S or M
         in the end: R(x, y) = argmax_i C_i(x, y) over the objects with C_i > T
 
-    It ends when no point is left on unknown pixels. Choice: or after `patience` rounds in a row
+    It ends when no point is left on unknown pixels. Choice: or after `patience` tests in a row
     without a new object (released code: 40 in all); no pixel is asked twice; objects under
     `min_area` pixels are dropped; overlap is a share of M; the first object is tested too; a score
     is a mean over R. As in released code, confidence is the mean of C where C > .2."""
@@ -376,7 +376,7 @@ class AdaptIS(nn.Module):
 
     def stages(self, fit):
         """[(name, optimiser, steps), ...]: all but the proposal branch, then that branch alone.
-        Section 7: Adam with beta 0.9 and 0.999, the backbone with a rate of its own."""
+        The trainer freezes the rest. Section 7: Adam (.9, .999), the backbone at its own rate."""
         encoder = [p for p in self.encoder.parameters() if p.requires_grad]
         heads = [*self.selection.parameters(), *self.semantic.parameters()]
         groups = [{"params": encoder, "lr": fit["lr_body"]}, {"params": heads}]
