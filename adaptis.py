@@ -27,7 +27,7 @@ With a semantic and a point proposal branch PQ on Cityscapes is 62.0 (Table 2, R
     python -m lab.clicks 7                                          then: click on cells of image 7
     pytest tests/test_adaptis.py                                    the spec of this file
 
-A cell of a feature map covers stride x stride pixels. "Released code" is the authors'.
+Points are (x, y) in pixels. A cell of a map covers stride x stride. "Released code": the authors'.
 
 K. Sofiiuk, O. Barinova, A. Konushin, "AdaptIS: Adaptive Instance Selection Network", ICCV 2019.
 """
@@ -222,15 +222,15 @@ def sample_batch(targets, isthing, count, same=False):
     """The same for B Targets (data.py) at once, in one numbering: in a loop over images a GPU would
     wait for each. `same`: all points of an image on one object -> points [B, count, 2]; ids
     [B, count], 0: no object; segments [B, H, W], 0: void; areas; the semantic truth [B, H, W]."""
-    void, B = targets[0].crowd.new_ones(1), len(targets)
-    idle = torch.cat([v for t in targets for v in (void, t.crowd)])            # [S]
-    category = torch.cat([v for t in targets for v in (void.long(), t.categories)])
+    one, B = targets[0].crowd.new_ones(1), len(targets)        # void is number 0 of each image
+    idle = torch.cat([v for t in targets for v in (one, t.crowd)])             # [S]
+    category = torch.cat([v for t in targets for v in (one.long(), t.categories)])
     image = torch.tensor([b for b, t in enumerate(targets) for _ in range(1 + len(t.crowd))])
     image, rows = image.to(idle.device), torch.arange(B, device=idle.device)[:, None]
     numbers = torch.stack([t.segments for t in targets]) + (image < rows).sum(1)[:, None, None]
     area, (H, W) = torch.bincount(numbers.flatten(), minlength=len(idle)), numbers.shape[1:]
     objects = (image == rows) & isthing[category] & ~idle & (area > 0)         # [B, S]
-    draw = torch.rand(B, 1 if same else count, len(idle), device=idle.device)
+    draw = torch.rand(B, 1 if same else count, len(idle), device=idle.device)  # the highest wins
     ids = (draw * objects[:, None]).argmax(2).expand(B, count)
     pixel = one_of(numbers.flatten(), ids) % (H * W)
     points, void = torch.stack([pixel % W, pixel // W], 2) + 0.5, idle[numbers]
@@ -372,7 +372,7 @@ class AdaptIS(nn.Module):
             if outputs else None for outputs in (len(isthing), int(proposals > 0)))
         self.points, self.loss, self.threshold, self.flip = points, loss, threshold, flip
         self.search = dict(per_round=per_round, patience=patience, min_area=min_area)
-        self.stuff_area, self.share, self.random_points = stuff_area, proposals, not proposals
+        self.stuff_area, self.proposals, self.random_points = stuff_area, proposals, not proposals
 
     def stages(self, fit):
         """[(name, optimiser, steps), ...]: all but the proposal branch, then that branch alone.
@@ -381,7 +381,7 @@ class AdaptIS(nn.Module):
         heads = [*self.selection.parameters(), *self.semantic.parameters()]
         groups = [{"params": encoder, "lr": fit["lr_body"]}, {"params": heads}]
         adam = partial(torch.optim.Adam, lr=fit["lr"], weight_decay=fit["decay"])
-        first = round((1 - self.share) * fit["steps"])
+        first = round((1 - self.proposals) * fit["steps"])
         stages = [("masks", adam(groups), first)]
         if self.proposal:
             stages.append(("proposals", adam(self.proposal.parameters()), fit["steps"] - first))

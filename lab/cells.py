@@ -156,7 +156,7 @@ def disturb(image, random, box=False):
     if blurred:
         reach = np.arange(-3, 4)
         kernel = np.exp(-0.5 * (reach / sigma) ** 2).astype(np.float32)
-        if box:                                                # of 2 or 4: half a pixel to the left
+        if box:                                                # of 2 or 4: half a pixel off
             side = random.integers(2, 5)
             kernel = ((-(side // 2) <= reach) & (reach < side - side // 2)).astype(np.float32)
         kernel /= kernel.sum()

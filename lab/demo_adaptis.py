@@ -65,7 +65,7 @@ def fit(model, seconds, world, batch=None, *, top=0.004, count=(8, 45), varied=0
     first 3% of a stage and falls to 0 like a cosine.
 
     Choice: the clock decides, so that a demo takes the same time on any machine. Batches of 4, on a
-      GPU of 64: there a step takes 24 ms whatever its batch.
+      GPU of 64: on an H200 steps of 4 and of 64 images take equally long, 22 to 24 ms.
     Choice: `varied` 0.5 makes half of the images as uneven as the authors'. After five minutes 72%
       instead of 61% of the cells of their noisy image are found. On test images, which are even,
       AP@.9 is 67 instead of 74, after a million images 93.
