@@ -16,7 +16,7 @@ import affinity_head
 import cabb_loss
 import seamless
 from data import DataError
-from lab import boxes_only, kernels, peer, queries, unified
+from lab import boxes_only, kernels, peer, queries, two, unified
 from lab.fused import Fused
 from lab.runs import load_file
 
@@ -64,6 +64,11 @@ def build_body(settings):
 def build_seamless(isthing, body, model):
     """Seamless on a body of these settings; `model` are its keywords."""
     return seamless.Seamless(isthing, build_body(body), **model)
+
+
+def build_two(isthing, body, model):
+    """The branches of Seamless on a body each."""
+    return two.two_networks(isthing, [build_body(body), build_body(body)], **model)
 
 
 def build_maskrcnn(isthing, body, model):
@@ -124,6 +129,7 @@ def build_queries(isthing, body, model):
 
 METHODS = {
     "seamless": (build_seamless, [seamless.Seamless]),
+    "two": (build_two, [seamless.Seamless]),
     "affinity": (build_affinity, [seamless.Seamless, affinity_head.Affinity, affinity_parts]),
     "adaptis": (build_adaptis, [adaptis.AdaptIS]),
     "ibs": (build_kernels, [unified.UnifiedNet, kernels.Kernels]),

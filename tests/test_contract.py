@@ -15,6 +15,7 @@ import train
 from lab import methods, worlds
 
 SMALL = {"seamless": ["model.rois=16", "model.proposals=20"],
+         "two": ["model.rois=16", "model.proposals=20"],
          "maskrcnn": ["model.rois=16", "model.proposals=20"],
          "affinity": ["model.rois=16", "model.proposals=20", "model.channels=8"],
          "adaptis": ["model.window=(64, 96)", "model.points=2", "model.width=8",
