@@ -166,14 +166,14 @@ class RegionProposalHead(nn.Module):
     Released code normalises each level by itself, and its 3x3 convolution has stride 1."""
     samples, nms_threshold = 256, 0.7                          # of Mask R-CNN
 
-    def __init__(self, isthing, body, anchor_scale=8, ratios=(0.5, 1, 2), proposals=1000,
-                 box_loss=smooth_l1_box_loss):
+    def __init__(self, isthing, body, anchor_scale=8, ratios=(0.5, 1, 2), positive=0.7,
+                 proposals=1000, box_loss=smooth_l1_box_loss):
         super().__init__()
         self.strides, self.anchor_scale, self.ratios = body.strides, anchor_scale, ratios
-        self.proposals, self.box_loss, c = proposals, box_loss, body.channels
+        self.positive, self.proposals, c = positive, proposals, body.channels
         self.register_buffer("isthing", isthing, persistent=False)
         self.conv, self.norm = nn.Conv2d(c, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c)
-        self.act, self.out = leaky(), nn.Conv2d(c, 5 * len(ratios), 1)
+        self.box_loss, self.act, self.out = box_loss, leaky(), nn.Conv2d(c, 5 * len(ratios), 1)
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
@@ -182,7 +182,7 @@ class RegionProposalHead(nn.Module):
         Cell (i, j) sees the features around (2i, 2j), with centre ((2j + .5) stride, ...)."""
         r, size = torch.tensor(self.ratios).sqrt(), self.anchor_scale * stride
         half = torch.stack([size / r, size * r], 1) / 2                         # [R, 2]
-        y, x = ((2 * torch.arange(n) + 0.5) * stride for n in (h, w))
+        y, x = ((self.conv.stride[0] * torch.arange(n) + 0.5) * stride for n in (h, w))
         centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None]
         return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
 
@@ -201,12 +201,11 @@ class RegionProposalHead(nn.Module):
     @torch.no_grad()
     def propose(self, guesses, size):
         """What `forward` returned -> the best `proposals` boxes [P, 4] of each image, twice as many
-        in training, by NMS of the six times as many best anchors of a level (released: of all)."""
-        scores, deltas, anchors, level = guesses
-        levels = [torch.where(level == k)[0] for k in range(len(self.strides))]
-        found, after = [], self.proposals * (2 if self.training else 1)
+        in training, by NMS in each level. Six times as many anchors enter, the best of all."""
+        (scores, deltas, anchors, level), found = guesses, []
+        after = self.proposals * (2 if self.training else 1)
         for s, d in zip(scores, deltas):
-            best = torch.cat([i[s[i].topk(min(6 * after, len(i))).indices] for i in levels])
+            best = s.topk(min(6 * after, len(s))).indices
             boxes = ops.clip_boxes_to_image(decode(d[best], anchors[best]), size)
             large = ops.remove_small_boxes(boxes, 1)
             boxes, best = boxes[large], best[large]
@@ -220,8 +219,8 @@ class RegionProposalHead(nn.Module):
         Then images with few things teach boxes slowly: too slowly for short schedules."""
         (scores, deltas, anchors, _), score, box, count = guesses, 0, 0, 0
         for s, d, target in zip(scores, deltas, targets):
-            yes, no, (_, gt, cut, _) = sample(anchors, target, self.isthing, high=0.7, low=0.3,
-                                              rescue=True, count=self.samples, share=0.5)
+            yes, no, (_, gt, cut, _) = sample(anchors, target, self.isthing, low=0.3, rescue=True,
+                                              high=self.positive, count=self.samples, share=0.5)
             score = score + F.softplus(-s[yes]).sum() + F.softplus(s[no]).sum()
             one = self.box_loss(d[yes], gt, anchors[yes], beta=1 / 9, crop_size=size, truncated=cut)
             box, count = box + one.sum(), count + len(yes)
@@ -294,13 +293,13 @@ class RegionSegmentationHead(nn.Module):
             rows.append((boxes[yes], boxes[no], *truth, shapes))
         yes, no, *truth = zip(*rows)
         gt, cut, categories, shapes = map(torch.cat, truth)
-        pooled = torch.cat([self.pool(features, yes), self.pool(features, no)])
-        logits, deltas = self.classify(pooled)
-        boxes, p, n = torch.cat(yes), len(gt), max(len(pooled), 1)
-        labels = F.pad(self.number[categories], (0, len(pooled) - p))           # 0 is void
+        pooled = self.pool(features, yes)                      # apart: slices are slow to train
+        (logits, deltas), (others, _) = map(self.classify, (pooled, self.pool(features, no)))
+        boxes, logits, p = torch.cat(yes), torch.cat([logits, others]), len(gt)
+        labels, n = F.pad(self.number[categories], (0, len(others))), max(len(logits), 1)  # 0: void
         true = torch.arange(p, device=gt.device), labels[:p] - 1   # category of each positive
         box = self.box_loss(deltas[true], gt, boxes, beta=0.1, crop_size=size, truncated=cut)
-        masks = self.mask(pooled[:p]).float()[true]
+        masks = self.mask(pooled).float()[true]
         return {"rsh_class": F.cross_entropy(logits, labels, reduction="sum") / n,
                 "rsh_box": 10 * box.sum() / n,
                 "rsh_mask": self.mask_loss(masks, shapes) if p else masks.sum()}
@@ -437,12 +436,13 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
 
 class Seamless(nn.Module):
     """Figure 1, right. isthing bool [C]; body from `resnet_fpn`: its width sets those of the heads.
-    canonical: the size in pixels of an object for stride 16. rois, proposals: how many proposals
-    the region head gets in training and at test time. window: of MiniDL. Losses are functions."""
+    canonical: the size in pixels of an object for stride 16. positive: the IoU with a thing from
+    which an anchor learns it. rois, proposals: how many proposals the region head gets in training
+    and at test time. window: of MiniDL. Losses are functions."""
 
     def __init__(self, isthing, body, box_loss=smooth_l1_box_loss, canonical=224, anchor_scale=8,
-                 ratios=(0.5, 1, 2), rois=512, proposals=1000, window=64, score_threshold=0.5,
-                 stuff_area=4096, semantic_loss=hardest_pixels_loss,
+                 ratios=(0.5, 1, 2), positive=0.7, rois=512, proposals=1000, window=64,
+                 score_threshold=0.5, stuff_area=4096, semantic_loss=hardest_pixels_loss,
                  mask_loss=F.binary_cross_entropy_with_logits):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
@@ -452,7 +452,8 @@ class Seamless(nn.Module):
         self.body, self.semantic_loss = body, semantic_loss
         self.score_threshold, self.stuff_area = score_threshold, stuff_area
         self.proposal_head = RegionProposalHead(isthing, body, anchor_scale, ratios=ratios,
-                                                proposals=proposals, box_loss=box_loss)
+                                                positive=positive, proposals=proposals,
+                                                box_loss=box_loss)
         self.region_head = RegionSegmentationHead(isthing, body, canonical, rois=rois,
                                                   box_loss=box_loss, mask_loss=mask_loss)
         self.semantic_head = SemanticHead(body.channels, len(isthing), body.channels // 2, window)
@@ -494,12 +495,15 @@ class Seamless(nn.Module):
         return Prediction(*fused, found)
 
     def stages(self, fit):
-        """One stage for all that learns: SGD with Nesterov momentum, as in released code. Without
-        fit["decay_norms"] (Table 1, last row) norms do not decay. Choice: nor do biases."""
+        """One stage for all that learns: SGD with Nesterov momentum, as in released code, or AdamW
+        for fit["adam"]. Without fit["decay_norms"] (Table 1, last row) norms do not decay. Choice:
+        nor do biases."""
         learn = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in learn if p.ndim > 1], "weight_decay": fit["decay"]},
                   {"params": [p for p in learn if p.ndim < 2],
                    "weight_decay": fit["decay"] if fit["decay_norms"] else 0.0}]
+        if fit.get("adam"):
+            return [("all", torch.optim.AdamW(groups, fit["lr"]), fit["steps"])]
         return [("all", torch.optim.SGD(groups, fit["lr"], 0.9, nesterov=True), fit["steps"])]
 
 

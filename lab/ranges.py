@@ -80,7 +80,8 @@ RANGES = {
     # Models
     **{f"model.{key}": tuple(losses) for key, losses in LOSSES.items()},
     "model.canonical": whole(1, 16384), "model.anchor_scale": number(0.1, 100),
-    "model.ratios": above(0, 100, count="some"), "model.rois": whole(1, 65536),
+    "model.ratios": above(0, 100, count="some"), "model.positive": number(0, 1),
+    "model.rois": whole(1, 65536),
     "model.proposals": whole(1, 65536), "model.window": whole(1, 16384),
     "model.score_threshold": number(0, 1), "model.stuff_area": number(0),
     "model.channels": whole(4, 4096), "model.overlap": number(0, 1),

@@ -1,0 +1,179 @@
+"""What each choice of Seamless's recipe for the toy street is worth, one change at a time.
+
+    python -m lab.changes [--seeds 3] [--only NAME ...] [--out DIR] [flags of train.py]
+
+A change is either some settings, or a function that changes the network after it is built. Each
+trains with every seed as `python train.py` does, and is evaluated on 150 images of val. Differences
+to "the recipe" are paired by seed, with 95% intervals. A run that DIR has already is not repeated.
+One thread needs about six minutes for a run: give `--threads 1`, and start one program for each
+core with its own `--only`.
+"""
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lab import ends, evaluate, methods, runs, worlds
+from lab.intervals import paired_t
+from lab.recipes import RECIPES
+from seamless import leaky
+
+IMAGES = 150
+
+
+def rph_of_stride_1(net):
+    """Released code: the proposal head looks at every feature, not at every fourth."""
+    net.proposal_head.conv.stride = (1, 1)
+    return net
+
+
+def leaky_pyramid(net):
+    """Released code: LeakyReLU after the norms of the pyramid."""
+    for blocks in (net.body.fpn.inner_blocks, net.body.fpn.layer_blocks):
+        for block in blocks:
+            block.append(leaky())
+    return net
+
+
+def released_start(net):
+    """Released code: Xavier-normal weights outside of the ResNet, with small gains for outputs."""
+    for part in (net.body.fpn, net.proposal_head, net.region_head, net.semantic_head):
+        for m in part.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                nn.init.xavier_normal_(m.weight)
+    n = net.region_head.things + 1
+    scores, boxes = net.region_head.out.weight.detach().split([n, 4 * n - 4])
+    for weight, gain in ((net.proposal_head.out.weight, 0.01), (scores, 0.01), (boxes, 0.001),
+                         (net.region_head.mask[-1].weight, 0.01), (net.semantic_head.out.weight, 0.1)):
+        nn.init.xavier_normal_(weight, gain)
+    return net
+
+
+class StuffOnly(nn.Module):
+    """A semantic head that may not answer with a thing when it is tested."""
+
+    def __init__(self, head, isthing):
+        super().__init__()
+        self.head, self.isthing = head, isthing
+
+    def forward(self, features):
+        logits = self.head(features)
+        if self.training:
+            return logits
+        return logits.masked_fill(self.isthing[None, :, None, None], -torch.inf)
+
+
+def without_void(net):
+    """Fusion gives a pixel without an instance its likeliest stuff category, never void."""
+    net.semantic_head = StuffOnly(net.semantic_head, net.isthing)
+    return net
+
+
+class Averaged(nn.Module):
+    """A network that predicts with the running mean of its weights (EMA)."""
+
+    def __init__(self, net, decay=0.99):
+        super().__init__()
+        self.net, self.decay = net, decay
+        self.average = copy.deepcopy(net).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self):
+        """One step of the mean, from the weights as they are."""
+        for mean, now in zip(self.average.state_dict().values(), self.net.state_dict().values()):
+            if mean.is_floating_point():
+                mean.lerp_(now, 1 - self.decay)
+            else:
+                mean.copy_(now)
+
+    def losses(self, images, targets):
+        """Those of the network."""
+        self.follow()
+        return self.net.losses(images, targets)
+
+    def predict(self, image, size=None):
+        """By the mean."""
+        return self.average.predict(image, size)
+
+    def stages(self, fit):
+        """Those of the network."""
+        return self.net.stages(fit)
+
+
+SGD = ["fit.adam=False", "fit.lr=0.04", "fit.decay=1e-4"]
+CHANGES = {  # settings, or a function
+    "the recipe": [],
+    "SGD, lr 0.04": SGD,
+    "SGD, rate falls twice by 10": [*SGD, "fit.cosine=False", "fit.drops=(0.6, 0.85)"],
+    "lr 0.004": ["fit.lr=0.004"],
+    "lr 0.001": ["fit.lr=0.001"],
+    "anchors of 2 strides": ["model.anchor_scale=2"],
+    "positives from 0.7": ["model.positive=0.7"],
+    "proposal head of stride 1": rph_of_stride_1,
+    "canonical 56": ["model.canonical=56", "crops.canonical=56"],
+    "canonical 112": ["model.canonical=112", "crops.canonical=112"],
+    "300 proposals": ["model.proposals=300"],
+    "128 boxes an image": ["model.rois=128"],
+    "Lovasz loss for masks": ["model.mask_loss=lovasz"],
+    "batches of 2, twice the steps": ["fit.batch=2", "fit.lr=0.0014", "fit.steps=1900"],
+    "input x 1.5, tiny body": ["crops.short_side=384", "body.name=tiny"],
+    "random crops": ["crops.mode=uniform"],
+    "standard box loss": ["model.box_loss=standard"],
+    "LeakyReLU in the pyramid": leaky_pyramid,
+    "released initial weights": released_start,
+    "mean of the weights, 0.99": Averaged,
+    "fusion without void": without_void,
+}
+
+
+def measured(name, seed, folder, words):
+    """Trains a change, evaluates it on val -> metrics."""
+    import train
+    change, path = CHANGES[name], folder / "val" / "metrics.json"
+    if not path.exists():
+        settings = change if isinstance(change, list) else []
+        after = (lambda net: net) if isinstance(change, list) else change
+        methods.METHODS["changed"] = (lambda *a: after(methods.build_seamless(*a)),
+                                      methods.METHODS["seamless"][1])
+        RECIPES["changed", "street"] = RECIPES["seamless", "street"]
+        flags = train.parse(["--method", "changed", "--seed", str(seed), "--out", str(folder),
+                             "--eval-images", "1", *words])
+        flags.set = [*settings, *flags.set]
+        train.run(flags)
+        state = runs.load_checkpoint(folder / "last.pt")
+        world = runs.World("cpu", threads=flags.threads or 0)
+        val = worlds.world("street", "val", IMAGES)
+        model = train.build_model(state["settings"], val.categories, world, state, folder)
+        evaluate.evaluate(model, val, world, folder / "val", quiet=True, about=dict(
+            seed=seed, split="val", minutes=state["seconds"] / 60, settings=state["settings"]),
+            short_side=state["settings"]["crops"]["short_side"])
+    return json.loads(path.read_text())
+
+
+def main(argv=None):
+    parser = ends.Parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(CHANGES), choices=list(CHANGES))
+    parser.add_argument("--out", default="runs/changes")
+    own, words = parser.parse_known_args(argv)
+    found = {}
+    for name in dict.fromkeys(["the recipe", *own.only]):
+        rows = found[name] = []
+        for seed in range(own.seeds):
+            label = name.replace(" ", "-").replace(",", "")
+            rows.append(measured(name, seed, Path(own.out, f"{label}-{seed}"), words))
+            print(f"{name}, seed {seed}: PQ {rows[-1]['PQ']:.1f}", flush=True)
+    print(f"\n{'mean of seeds':32s}    PQ  PQ_th  PQ_st  minutes  PQ against the recipe, 95%")
+    for name, rows in found.items():
+        means = [sum(r[k] for r in rows) / len(rows) for k in ("PQ", "PQ_th", "PQ_st")]
+        minutes = sum(r["run"]["minutes"] for r in rows) / len(rows)
+        change = paired_t(*([r["PQ"] for r in side] for side in (rows, found["the recipe"])))
+        print(f"{name:32s}" + "".join(f"{m:6.1f} " for m in means) + f"{minutes:8.1f}  "
+              + "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change))
+
+
+if __name__ == "__main__":
+    with ends.one_sentence("lab.changes"):
+        main()
