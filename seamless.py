@@ -13,8 +13,7 @@ training, of far more at the test. MiniDL takes the mean of a window of 64x64 fe
 
 The paper claims 51.43 M parameters and 0.514 TFLOP at 1024x2048; two networks take 78.06 M and
 0.864. PQ, one against two networks: Cityscapes 59.8, 59.8; IDD 46.9, 47.2. Vistas, one: 36.2. With
-the released stride 64 and MiniDL (see there) this file would have, for 8 things and 11 stuff,
-48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
+the released stride 64 and MiniDL it has 48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
     pytest tests/test_seamless.py                                       the spec of this file
@@ -252,9 +251,9 @@ class RegionSegmentationHead(nn.Module):
         self.register_buffer("isthing", isthing, persistent=False)
         self.register_buffer("number", new_numbers(isthing)[1:], persistent=False)  # 1.. of things
         c, d, self.things = body.channels, 4 * body.channels, int(isthing.sum())
-        self.fc = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(49 * c, d, bias=False),
-                                GroupNorm(d), leaky(), nn.Linear(d, d, bias=False), GroupNorm(d),
-                                leaky())
+        self.fc = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten(),
+                                nn.Linear(49 * c, d, bias=False), GroupNorm(d), leaky(),
+                                nn.Linear(d, d, bias=False), GroupNorm(d), leaky())
         self.out = nn.Linear(d, 5 * self.things + 1)           # scores with void, deltas
         self.mask = nn.Sequential(*(conv_norm(c, c, 3, norm_layer=GroupNorm) for _ in range(4)),
                                   nn.ConvTranspose2d(c, c, 2, stride=2, bias=False), GroupNorm(c),
@@ -262,16 +261,17 @@ class RegionSegmentationHead(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
-    def pool(self, features, boxes):
-        """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, c, 14, 14]. One
-        sample a cell, as in released code. In float32: bf16 is too coarse for coordinates."""
+    def pool(self, features, boxes, size=14):
+        """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, c, size, size].
+        14x14 samples, as in released code; size 7 gives means of 2x2. In float32: bf16 is too
+        coarse for coordinates."""
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # image, box
         level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
-        pooled = rois.new_zeros(len(rois), features[4].shape[1], 14, 14)
+        pooled = rois.new_zeros(len(rois), features[4].shape[1], size, size)
         for k, stride in enumerate(self.strides, 1):
             at = torch.where(level == k)[0]
-            pooled[at] = ops.roi_align(features[stride].float(), rois[at], 14, 1 / stride,
-                                       sampling_ratio=1, aligned=True)
+            pooled[at] = ops.roi_align(features[stride].float(), rois[at], size, 1 / stride,
+                                       sampling_ratio=14 // size, aligned=True)
         return pooled
 
     def classify(self, pooled):
@@ -293,8 +293,8 @@ class RegionSegmentationHead(nn.Module):
             rows.append((boxes[yes], boxes[no], *truth, shapes))
         yes, no, *truth = zip(*rows)
         gt, cut, categories, shapes = map(torch.cat, truth)
-        pooled = self.pool(features, yes)                      # apart: slices are slow to train
-        (logits, deltas), (others, _) = map(self.classify, (pooled, self.pool(features, no)))
+        pooled = self.pool(features, yes)                      # negatives need no masks: 7x7
+        (logits, deltas), (others, _) = map(self.classify, (pooled, self.pool(features, no, 7)))
         boxes, logits, p = torch.cat(yes), torch.cat([logits, others]), len(gt)
         labels, n = F.pad(self.number[categories], (0, len(others))), max(len(logits), 1)  # 0: void
         true = torch.arange(p, device=gt.device), labels[:p] - 1   # category of each positive
@@ -309,7 +309,7 @@ class RegionSegmentationHead(nn.Module):
         [D, 4], scores [D] with gradient, categories [D], masks [D, 28, 28] (logits), best first. A
         higher threshold only removes detections: a box is suppressed by boxes of higher score."""
         counts, found = [len(p) for p in proposals], []
-        logits, deltas = self.classify(self.pool(features, proposals))
+        logits, deltas = self.classify(self.pool(features, proposals, 7))
         for p, s, d in zip(proposals, logits.softmax(1).split(counts), deltas.split(counts)):
             row, thing = torch.where(s[:, 1:].detach() > score_threshold)
             boxes = ops.clip_boxes_to_image(decode(d[row, thing].detach(), p[row]), size)
@@ -436,9 +436,8 @@ def fuse(masks, scores, categories, semantic, isthing, score_threshold=0.5, over
 
 class Seamless(nn.Module):
     """Figure 1, right. isthing bool [C]; body from `resnet_fpn`: its width sets those of the heads.
-    canonical: the size in pixels of an object for stride 16. positive: the IoU with a thing from
-    which an anchor learns it. rois, proposals: how many proposals the region head gets in training
-    and at test time. window: of MiniDL. Losses are functions."""
+    canonical: the size in pixels of an object for stride 16. positive: the least IoU of a positive
+    anchor. rois, proposals: of the region head in training, at test time. window: of MiniDL."""
 
     def __init__(self, isthing, body, box_loss=smooth_l1_box_loss, canonical=224, anchor_scale=8,
                  ratios=(0.5, 1, 2), positive=0.7, rois=512, proposals=1000, window=64,
@@ -495,15 +494,14 @@ class Seamless(nn.Module):
         return Prediction(*fused, found)
 
     def stages(self, fit):
-        """One stage for all that learns: SGD with Nesterov momentum, as in released code, or AdamW
-        for fit["adam"]. Without fit["decay_norms"] (Table 1, last row) norms do not decay. Choice:
-        nor do biases."""
+        """One stage of SGD with Nesterov momentum, as in released code, or of AdamW (fit["adam"]).
+        With fit["decay_norms"] norms decay, too (Table 1, last row). Choice: and biases."""
         learn = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in learn if p.ndim > 1], "weight_decay": fit["decay"]},
                   {"params": [p for p in learn if p.ndim < 2],
                    "weight_decay": fit["decay"] if fit["decay_norms"] else 0.0}]
         if fit.get("adam"):
-            return [("all", torch.optim.AdamW(groups, fit["lr"]), fit["steps"])]
+            return [("all", torch.optim.AdamW(groups, fit["lr"], fused=True), fit["steps"])]
         return [("all", torch.optim.SGD(groups, fit["lr"], 0.9, nesterov=True), fit["steps"])]
 
 

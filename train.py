@@ -112,13 +112,12 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
     writes a checkpoint: a minute after the last one, at the end, and before a signal ends the run;
     `interval` is what the interval has summed so far. `begin` is the checkpoint to go on from.
     `held_out(step, seconds)` is called after each step; it evaluates now and then. lr_body is the
-    rate of the backbone, for methods whose `stages` has one, and adam asks methods for AdamW
-    instead of SGD; clip bounds the gradient's norm.
-    A step draws `accumulate` parts of a batch one after the other and adds up their gradients.
+    rate of the backbone, for methods whose `stages` has one; adam: AdamW, not SGD; clip bounds the
+    gradient's norm. A step draws `accumulate` parts of a batch and adds up their gradients.
     `batch` is that of all processes and parts together. The rate does not grow with it.
-    "waits" in the log is the share of time in which no batch was ready.
-    A step that logs nothing does not wait for the GPU: losses are summed where they are computed,
-    and read, and tested for NaN, once an interval and before a checkpoint."""
+    "waits" in the log is the share of time without a batch. A step that logs nothing does not wait
+    for the GPU: losses are summed there. They are read, and tested for NaN, before a checkpoint
+    and once an interval."""
     plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms,
                 adam=adam)
     begun, clock = (begin["step"], begin["seconds"]) if begin else (0, 0.0)

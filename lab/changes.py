@@ -45,8 +45,9 @@ def released_start(net):
                 nn.init.xavier_normal_(m.weight)
     n = net.region_head.things + 1
     scores, boxes = net.region_head.out.weight.detach().split([n, 4 * n - 4])
+    masks, logits = net.region_head.mask[-1].weight, net.semantic_head.out.weight
     for weight, gain in ((net.proposal_head.out.weight, 0.01), (scores, 0.01), (boxes, 0.001),
-                         (net.region_head.mask[-1].weight, 0.01), (net.semantic_head.out.weight, 0.1)):
+                         (masks, 0.01), (logits, 0.1)):
         nn.init.xavier_normal_(weight, gain)
     return net
 

@@ -43,8 +43,7 @@ class OfStuff(nn.Module):
 
 
 def two_networks(isthing, bodies, **options):
-    """Seamless with a body for each branch: bodies is a pair of `seamless.Body`, options as those of
-    Seamless."""
+    """Seamless with a body for each branch. bodies: two of `seamless.Body`; options: Seamless's."""
     net = Seamless(isthing, Twins(*bodies), **options)
     net.semantic_head = OfStuff(net.semantic_head)
     return net
