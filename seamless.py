@@ -35,9 +35,8 @@ from data import (IGNORE, Prediction, command_line, decode, encode, new_numbers,
 def example():
     """Section 3.5 on seven pixels, by hand. Categories: 0 road, 1 car (a thing), 2 sky.
 
-    Car A takes its two pixels. Half of car B is free: it keeps that pixel. A third of car C is
-    free: it is dropped. Its pixel 3 (from 0) is a car for the semantic head, a thing: void. The
-    road stays. One pixel of sky is less than `stuff_area`: void."""
+    Car A takes both pixels. Half of B is free: B keeps it. A third of C is free: C is dropped. Its
+    pixel 3 is a car for the semantic head: void. One pixel of sky is below `stuff_area`: void."""
     masks = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0]])
     segments, categories, _ = fuse(
         masks[:, None].bool(), torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 1, 1]), stuff_area=2,
@@ -263,8 +262,7 @@ class RegionSegmentationHead(nn.Module):
 
     def pool(self, features, boxes, size=14):
         """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, c, size, size].
-        14x14 samples, as in released code; size 7 gives means of 2x2. In float32: bf16 is too
-        coarse for coordinates."""
+        14x14 samples, as released; 7: means of 2x2. In float32: bf16 is too coarse for places."""
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # image, box
         level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
         pooled = rois.new_zeros(len(rois), features[4].shape[1], size, size)

@@ -15,7 +15,7 @@ from adaptis import (AdaIN, AdaptIS, InstanceSelection, RelativeCoordConv, UNet,
                      segment_instances)
 from claims import claim
 from data import DataError, Sample, crop, mask_boxes
-from lab import clicks, demo_adaptis, figure_adaptis
+from lab import clicks, demo_adaptis
 from lab.cells import OverlappingCells
 
 torch.set_num_threads(1)
@@ -806,20 +806,11 @@ def test_the_cells_are_those_that_results_were_measured_on():
     assert digest.hexdigest()[:16] == "6e249f4cf4e0b791"
 
 
-def test_the_demo_in_small(tmp_path, monkeypatch):
+def test_a_click_and_the_counts_of_the_demo(tmp_path, monkeypatch):
     import matplotlib
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lab.draw.DPI", 15)
-    tiny = [OverlappingCells(15, 50, (1, 3), seed=2)[i] for i in range(15)]
-    monkeypatch.setattr(figure_adaptis, "OverlappingCells", lambda *args, **kwargs: tiny)
-    monkeypatch.setattr(demo_adaptis, "larger_images", lambda *args, **kwargs: {})
-    monkeypatch.setattr(demo_adaptis, "table_1", lambda *args: {})
-    monkeypatch.setattr(demo_adaptis, "one_mask", lambda *args: 0.0)
-    demo_adaptis.cells(0.05, out=str(tmp_path))
-    assert (tmp_path / "adaptis.png").stat().st_size > 0
-    assert not demo_adaptis.KEPT.exists()                      # a trial overwrites no weights
     torch.save({"model": demo_adaptis.build().state_dict()}, "kept.pt")
-    canvas = clicks.window(demo_adaptis.load("kept.pt"), tiny[0].image).canvas
+    canvas = clicks.window(demo_adaptis.load("kept.pt"), OverlappingCells(1)[0].image).canvas
     x, y = canvas.figure.axes[0].transData.transform((9.0, 12.0))
     event = matplotlib.backend_bases.MouseEvent("button_press_event", canvas, x, y, 1)
     canvas.callbacks.process("button_press_event", event)
