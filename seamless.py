@@ -1,8 +1,8 @@
 """Seamless Scene Segmentation: one network for things and stuff.
 
-In 2018 the winners of the panoptic challenges combined two networks: one detects things, the other
-gives each pixel a category. Both learn the same edges, so much is computed twice. The idea is one
-ResNet with a feature pyramid, two light branches, and a rule that fuses them:
+In 2018 the winners of the panoptic challenges had two networks, one for things and one for the
+category of each pixel: the same edges are learnt twice. The idea is one ResNet with a feature
+pyramid, two light branches, and a rule that fuses them:
 
     image -> ResNet -> FPN, strides 4 8 16 32 (64 128)
                         |-> proposal head -> boxes -> region head -> category, box, mask --.
@@ -213,8 +213,7 @@ class RegionProposalHead(nn.Module):
 
     def losses(self, guesses, targets, size):
         """Mask R-CNN's: cross entropy of the scores of 256 anchors an image, box loss of positives.
-        Choice: the box loss is a mean over positives. Mask R-CNN and released code divide by 256.
-        Then images with few things teach boxes slowly: too slowly for short schedules."""
+        Choice: a mean over positives for boxes. Divided by 256, as released, they learn slowly."""
         (scores, deltas, anchors, _), score, box, count = guesses, 0, 0, 0
         for s, d, target in zip(scores, deltas, targets):
             yes, no, (_, gt, cut, _) = sample(anchors, target, self.isthing, low=0.3, rescue=True,

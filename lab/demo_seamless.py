@@ -13,10 +13,10 @@ crop, a window does not. It is refuted if labels of MiniDL change as much as tho
 pooling once the image is larger than its window's reach, or if its mIoU falls as much.
 
 What was found (three seeds, 260 steps, 60 scenes; table "MiniDL" in RESULTS.md). From 256x256 on,
-beyond the reach of its window, MiniDL changes 2.5% of the labels, global pooling 4.3%, more in every
-seed; from 256x384 on 0.6% and 1.7%. Context did not help here: the head without it has the best
-mIoU in all images. The mIoU of all three falls as the image grows, so that is not the pooling's
-fault: the body's own layers have learnt to expect the border of a crop.
+beyond the reach of its window, MiniDL changes 2.5% of the labels, global pooling 4.3%, more in
+every seed; from 256x384 on 0.6% and 1.7%. Context did not help here: the head without it has the
+best mIoU in all images. The mIoU of all three falls as the image grows, so that is not the
+pooling's fault. Probably the body's own layers have learnt to expect the border of a crop.
 """
 import time
 from pathlib import Path

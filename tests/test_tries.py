@@ -6,9 +6,7 @@ import math
 import pytest
 import torch
 
-import adaptis
 import data
-import seamless
 import train
 from lab import ends, methods, ranges, settings
 
@@ -157,16 +155,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
 
 
 # --- Functions: the documented value ------------------------------------------------------------
-BOXES, ONES = torch.tensor([[8., 8., 0., 0.], [10., 12., 2., 2.]]), torch.ones(4, 5).long()
-
-
-def test_a_function_returns_its_documented_value():
-    """Reversed boxes, NaN, no box, a score that is no number, a point far outside."""
-    for boxes in (BOXES, torch.full((2, 4), math.nan)):
-        assert data.pyramid_level(boxes).tolist() == [1, 1]
+def test_boxes_that_are_none_belong_to_the_first_level():
+    for boxes in (torch.tensor([[8., 8., 0., 0.]]), torch.full((1, 4), math.nan)):
+        assert data.pyramid_level(boxes).tolist() == [1]
     assert data.pyramid_level(torch.zeros(0, 4)).tolist() == []
-    found = seamless.fuse(torch.ones(1, 4, 5).bool(), torch.tensor([math.nan]), ONES[0, :1],
-                          semantic=ONES, isthing=torch.tensor([False, True]))
-    assert len(found[1]) == 0
-    far = adaptis.bilinear(torch.arange(9.).view(1, 1, 3, 3), torch.full((1, 1, 2), 1e6), 4)
-    assert far.item() == 8
