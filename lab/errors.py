@@ -232,6 +232,7 @@ def draw(result, path):
         ax.bar_label(bars, fmt="%.1f")
     ax.set_xticks(at, KINDS)
     ax.set_ylabel("points of PQ")
+    ax.margins(y=0.1)
     ax.set_title(f"PQ {result['PQ']:.1f}: where the rest goes")
     ax.legend()
     save(figure, path)

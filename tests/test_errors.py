@@ -34,5 +34,5 @@ def test_a_planted_error_is_named_and_its_repair_gives_it_back(kind):
     assert result["left"] == pytest.approx(0) and "cut off" in table(mean([result, result]))
     if kind in KINDS:
         assert max(gain, key=gain.get) == kind
-    if kind == "boundary":                                     # sky 0; cars: one found, one invented
+    if kind == "boundary":                                     # no sky; of the cars one is found
         assert gain[kind] == (100 + 50) / 4

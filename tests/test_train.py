@@ -330,7 +330,7 @@ def test_set_wins_over_recipe_and_signature_and_show_says_so(capsys):
     call("--set", "fit.lr=0.5", "model.window=8", "--show")
     text = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "0.5" in text["fit.lr"] and "command line" in text["fit.lr"]
-    assert "1000" in text["fit.steps"] and "recipe" in text["fit.steps"]
+    assert "950" in text["fit.steps"] and "recipe" in text["fit.steps"]
     assert "signature" in text["fit.clip"]
 
 
