@@ -13,7 +13,7 @@ training, of far more at the test. MiniDL takes the mean of a window of 64x64 fe
 
 The paper claims 51.43 M parameters and 0.514 TFLOP at 1024x2048; two networks take 78.06 M and
 0.864, for the same PQ: Cityscapes 59.8, IDD 46.9 (two: 47.2). On the toy street one has 71.1, two
-have TWO (three seeds, lab/two.py). With the released stride 64 and MiniDL this file has
+have 71.5 (three seeds, lab/two.py). With the released stride 64 and MiniDL this file has
 48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
