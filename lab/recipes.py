@@ -13,7 +13,7 @@ RECIPES = {}
 # --- Seamless (Porzi et al. 2019, 2021) ---------------------------------------------------------
 # Choice: a short training from scratch. So AdamW instead of SGD; anchors learn a thing from an IoU
 # of 0.5 on; crops have one scale, that of test images, and any place: ISUS was no better on val.
-# Anchors have many aspect ratios, as for Vistas (section 5.3), and sides of four strides: toy images
+# Anchors have many aspect ratios, as for Vistas (5.3), and sides of four strides: toy images
 # have 256x512 pixels, a quarter of the real size. RESULTS.md has what each of these is worth.
 RECIPES["seamless", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
