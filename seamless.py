@@ -262,7 +262,7 @@ class RegionSegmentationHead(nn.Module):
 
     def pool(self, features, boxes, size=14):
         """RoIAlign on the level of `pyramid_level`: a list of [P_b, 4] -> [sum P, c, size, size].
-        14x14 samples, as released; 7: means of 2x2. In float32: bf16 is too coarse for places."""
+        14x14 samples, as released; 7: means of 2x2. In float32: bf16 blurs coordinates."""
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # image, box
         level = pyramid_level(rois[:, 1:], len(self.strides), self.canonical)
         pooled = rois.new_zeros(len(rois), features[4].shape[1], size, size)

@@ -6,7 +6,7 @@
     python train.py                                  toy street scenes; minutes on two CPU cores
     python train.py --dataset cells | parking        the toy problems of AdaptIS and of IBS
     python train.py --dataset cityscapes --root DIR  the real thing; coco, mapillary, idd likewise
-    python train.py --method seamless|affinity|ibs|queries|adaptis|maskrcnn
+    python train.py --method seamless|two|affinity|ibs|queries|adaptis|maskrcnn
     python train.py --box-loss cabb|standard --sampler isus|cus|uniform|full|paired
     python train.py --set fit.lr=2e-4 model.window=8 any number of the recipe; --show prints all
     python train.py --resume RUN                     goes on as if the run had not stopped
@@ -116,8 +116,8 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
     gradient's norm. A step draws `accumulate` parts of a batch and adds up their gradients.
     `batch` is that of all processes and parts together. The rate does not grow with it.
     "waits" in the log is the share of time without a batch. A step that logs nothing does not wait
-    for the GPU: losses are summed there. They are read, and tested for NaN, before a checkpoint
-    and once an interval."""
+    for the GPU: it sums the losses. They are read, and tested for NaN, once an interval and before
+    a checkpoint."""
     plan = dict(steps=steps, lr=lr, lr_body=lr_body or lr, decay=decay, decay_norms=decay_norms,
                 adam=adam)
     begun, clock = (begin["step"], begin["seconds"]) if begin else (0, 0.0)

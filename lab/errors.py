@@ -40,13 +40,20 @@ KINDS = ("category", "confused", "split", "cut off", "boundary", "missed", "void
 
 
 def tables(pred, pred_categories, truth, gt_categories, crowd):
-    """Of one image, without crowds -> areas in common [P + 1, G + 1] (row, column 0: void), IoU
-    [P, G], which categories agree [P, G], matches [P, G]."""
+    """Of one image -> areas in common [P + 1, G + 1] (row, column 0: void), IoU [P, G], which
+    categories agree [P, G], matches [P, G]. A crowd agrees with nothing."""
     joint = joint_areas(pred, truth, len(pred_categories), len(gt_categories))
     union = joint[1:].sum(1)[:, None] + joint[:, 1:].sum(0) - joint[1:, 1:] - joint[1:, :1]
     iou = joint[1:, 1:] / union.clamp(min=1)
     same = (pred_categories[:, None] == gt_categories) & ~crowd
     return joint, iou, same, same & (iou > 0.5)
+
+
+def holds(joint, same, things):
+    """Does prediction p hold a quarter of the thing g of its category? bool [P, G]."""
+    inter = joint[1:, 1:]
+    return same & things & (4 * inter >= joint[:, 1:].sum(0)) & (inter > 0)
+
 
 def diagnose(joint, iou, same, match, isthing, crowd):
     """The tables of one image -> {kind: rows}, without "void". A row names a true segment, counted
@@ -54,7 +61,7 @@ def diagnose(joint, iou, same, match, isthing, crowd):
     true void do not count. isthing, crowd: bool [G]."""
     inter, size = joint[1:, 1:], joint[:, 1:].sum(0)           # [P, G], [G]
     area, ignored = inter.sum(1), joint[1:, 0] + (inter * crowd).sum(1)       # [P]
-    large = same & isthing & (4 * inter >= size) & (inter > 0)     # p holds a quarter of g
+    large = holds(joint, same, isthing)                        # [P, G]
     inside = same & isthing & (2 * inter > area[:, None])          # half of p lies in g
     found = {kind: [] for kind in KINDS if kind != "void"}
     unseen = ~isthing & (2 * joint[0, 1:] > size)              # stuff that is void: kind "void"
@@ -116,10 +123,8 @@ def repair(kind, pred, pred_categories, truth, gt_categories, crowd, isthing):
             new[:, g + 1] = P + 1 + g
         if kind == "confused":
             for p in predictions:
-                inter = joint[p + 1, 1:]
-                held = torch.where(same[p] & things & (4 * inter >= joint[:, 1:].sum(0))
-                                   & (inter > 0))[0]
-                new[p + 1] = P + 1 + held[inter[held].argmax()]
+                held = torch.where(holds(joint, same, things)[p])[0]
+                new[p + 1] = P + 1 + held[joint[p + 1, held + 1].argmax()]     # pixels of no thing
                 new[p + 1, held + 1] = P + 1 + held
     if kind == "invented":
         owner = torch.zeros(G + 1, dtype=torch.long)           # what is right at these pixels
@@ -196,8 +201,7 @@ def measure(folder):
         infos = entries[sample.name]["segments_info"]
         ids = torch.from_numpy(readers.read_file(folder / "predictions" / f"{sample.name}.png",
                                                  readers.as_colours))
-        known = torch.tensor([0, *(s["id"] for s in infos)])
-        segments = (ids[..., None] == known).long().argmax(-1)
+        segments = torch.searchsorted(torch.tensor([0, *(s["id"] for s in infos)]), ids)
         categories = torch.tensor([number[s["category_id"]] for s in infos], dtype=torch.long)
         errors.update(segments, categories, sample.segments, sample.categories, sample.crowd)
     return errors.compute()

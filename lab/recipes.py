@@ -14,7 +14,7 @@ RECIPES = {}
 # Choice: a short training from scratch. So AdamW instead of SGD; anchors learn a thing from an IoU
 # of 0.5 on; crops have one scale, that of test images, and any place: ISUS was no better on val.
 # Anchors have many aspect ratios, as for Vistas (5.3), and sides of four strides: toy images
-# have 256x512 pixels, a quarter of the real size. RESULTS.md has what each of these is worth.
+# have 256x512 pixels, a quarter of the real size. RESULTS.md has the tries, of one seed.
 RECIPES["seamless", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(box_loss="cabb", anchor_scale=4, ratios=(0.2, 0.5, 1, 2, 5), positive=0.5,

@@ -451,6 +451,7 @@ def test_bfloat16_and_extreme_predictions():
     ({"anchors": torch.ones(1, 4)}, r"anchors \[1, 4\] must all"),
     ({k: torch.zeros(2, 5) for k in ("deltas", "gt_boxes", "anchors")}, r"\[N, 4\]"),
     ({"beta": 0.0}, "beta = 0.0 must lie in"), ({"beta": 2.1}, "beta = 2.1 must lie in"),
+    ({"gt_boxes": torch.full((2, 4), float("nan"))}, "gt_boxes"),
     ({"gt_boxes": row(0, 0, 9, 0).repeat(2, 1)}, "gt_boxes hold a box that is empty or reversed"),
     ({"anchors": row(9, 0, 0, 9).repeat(2, 1)}, "anchors hold a box that is empty or reversed")])
 def test_what_cannot_be_meant_is_refused_in_one_sentence(loss, wrong, sentence):

@@ -20,7 +20,7 @@ PLANTED = {  # pixels from, to, and their new segment; the category of a segment
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_error_is_named_and_its_repair_gives_it_back(kind):
-    segments, categories, errors = TRUTH.clone(), torch.tensor([*CATEGORIES, 0, 0]), None
+    segments, categories = TRUTH.clone(), torch.tensor([*CATEGORIES, 0, 0])
     for start, end, id in PLANTED[kind][0]:
         segments[:, start:end] = id
     for id, category in PLANTED[kind][1].items():
@@ -32,7 +32,5 @@ def test_a_planted_error_is_named_and_its_repair_gives_it_back(kind):
     assert {k for k in KINDS if result[k]["count"]} == {kind} & set(KINDS)
     assert sum(result[k]["in turn"] for k in KINDS) == pytest.approx(100 - result["PQ"])
     assert result["left"] == pytest.approx(0) and "cut off" in table(mean([result, result]))
-    if kind in KINDS:
-        assert max(gain, key=gain.get) == kind
-    if kind == "boundary":                                     # no sky; of the cars one is found
-        assert gain[kind] == (100 + 50) / 4
+    assert kind not in KINDS or max(gain, key=gain.get) == kind
+    assert kind != "boundary" or gain[kind] == (100 + 50) / 4  # no sky; of two cars one is found
