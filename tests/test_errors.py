@@ -8,7 +8,7 @@ CATEGORIES = torch.tensor([0, 1, 2, 2, 3])                     # road, sky, two 
 TRUTH = torch.tensor([[1] * 20 + [2] * 10 + [3] * 6 + [4] * 6 + [5] * 8])
 PLANTED = {  # pixels from, to, and their new segment; the category of a segment
     "category": ([], {5: 2}),
-    "confused": ([(36, 42, 3)], {}),                           # one mask for both cars
+    "confused": ([(36, 40, 3), (40, 42, 1)], {}),              # a mask for one car and a part
     "split": ([(43, 46, 6), (46, 50, 7)], {6: 3, 7: 3}),       # 7 of the person's 8 pixels, in two
     "cut off": ([(32, 36, 1)], {}),                            # a third of the first car is left
     "boundary": ([(23, 36, 3)], {}),                           # the first car covers the sky
