@@ -6,23 +6,21 @@ on crops of large images has PQ 59.5, on whole images 57.2 (Table 1). But a crop
 so the network learns to tell few cars apart. On a whole image the mask of one car covers parts of
 others: it is confused. This happens mainly to large things of one category.
 
-The idea. The batch holds other crops, of other images, with other cars. A car of crop 1 is not in
-crop 2, so its mask there must be empty:
+The idea. The batch holds crops of other images. A car of crop 1 is not in crop 2, so its mask there
+must be empty:
 
     crop 1 --> E_1 [N, C] ------.
                                  x --> logits [N, H, W] --> focal loss towards 0, things only (4.1)
     crop 2 --> F_2 [C, H, W] ---'
 
-No new data or weights; in training one more product a crop; no change at test. A mask that is empty
-already teaches nothing. So section 4.2 draws pairs of crops that show one category at a similar
-size: there confusion is likely.
+No new data or weights, no change at test. A mask that is empty already teaches nothing. So section
+4.2 draws pairs of crops that show one category at a similar size: there confusion is likely.
 
 The claim. Panoptic FCN on Cityscapes (Table 2): PQ_th rises from 52.2 to 54.7, Acc_th from 81.3 to
 87.1, Prec_th from 86.8 to 92.6. Figure 5: confusion "drops significantly" (a plot, no numbers).
 
-Where the rest stands. pq.py: Eq. 1-3 (`PanopticQuality`: PQ, Acc_th, Prec_th) and the measure of
-Figure 5 (`confusion_ratio`). lab/kernels.py and lab/queries.py: Panoptic FCN and Mask2Former, in
-small. lab/outside.py: section 5.2 without its correction.
+The rest. pq.py: Eq. 1-3 (`PanopticQuality`) and the measure of Figure 5 (`confusion_ratio`).
+lab/kernels.py, lab/queries.py: Panoptic FCN and Mask2Former. lab/outside.py: section 5.2.
 
     python ibs.py [--quick] [--full] [--device D] [--out DIR]    example, five trainings, Figure 5
     pytest tests/test_ibs.py                                     the spec of this file
@@ -85,8 +83,8 @@ def pick_targets(image_ids, generator=None, paired=False):
     crops of OTHER images; -1 where there is none. All ids alike: IBS is off. paired: 2k and 2k + 1
     come as a pair (section 4.2), and each is the target of the other, if their images differ.
     Deviation: the paper takes any other crop, and so does the released code. Two crops of one image
-    may share an object, and its mask is then not empty. The paper expects this to be rare "due to
-    the large dataset size". A small data set shows an image twice in a batch more often.
+    may share an object, and its mask is not empty. The paper expects this to be rare with many
+    images; a small data set shows an image twice in a batch more often.
     Choice: each process of a distributed training uses its own crops, as in the released code."""
     allowed = image_ids[:, None] != image_ids                  # [B, B]: may j be the target of i?
     if paired:
@@ -110,31 +108,33 @@ def plain_ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.
     return sum(losses) / max(len(losses), 1)
 
 
-def ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.0):
+def ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.0, *, weights=None,
+             pixels=lambda logits: logits):
     """Focal loss of the masks M^th of things on the features of other crops, towards 0 -> scalar.
 
     embeddings: a list of B tensors E_i [N_i, C], only those that have a true segment.
     features: F [B, C, H, W]. is_thing: a list of B tensors bool [N_i].
     targets: int64 [B] from `pick_targets`; -1: this crop has none.
+    weights: a list of B tensors [N_i], what each mask counts in the mean; None: all alike. The up
+    to seven embeddings of a thing in Panoptic FCN share a weight of 1.
+    pixels: a function that picks those that count, [N, H W] -> [N, p]; by default all do.
     Both sides get gradients. Without a target or a thing the loss is 0 and gradients are zeros.
-    Choice: alpha = 0.25, gamma = 2 (released code; Lin 2017): confused pixels weigh most.
-    Choice: the mean over all pixels, then over all masks of the batch: all masks weigh the same.
-    Deviation: weight and masks differ from the released code. Panoptic FCN: 4 on Cityscapes, 15 on
-    Vistas; each of a thing's up to seven kernels makes a mask. Mask2Former: 50 and 100, at 12,544
-    points, on each of nine layers, each with a new random target. Here the weight is 1 or 2. A
-    thing has one mask: of its mean kernel (lab/kernels.py), or of its query after the last layer
-    (lab/queries.py)."""
-    losses = []
-    for e, thing, target in zip(embeddings, is_thing, targets.tolist()):
+    Choice, as released: alpha = 0.25, gamma = 2 (Lin 2017): confused pixels weigh most; the mean
+    over pixels, then over things; the weight of this loss: for Panoptic FCN 4 on Cityscapes, 15 on
+    Vistas; for Mask2Former 50 and 100 on each layer, at 12,544 pixels (lab/queries.py). Deviation:
+    there each layer draws a new random crop, even with pairs."""
+    losses, counts, weights = [], [], weights or [thing.float() for thing in is_thing]
+    for e, thing, weight, target in zip(embeddings, is_thing, weights, targets.tolist()):
         if target >= 0 and thing.any():
-            x = mask_logits(e[thing], features[target]).float()                      # [N_th, H, W]
+            x = pixels(mask_logits(e[thing], features[target]).float().flatten(1))   # [N_th, p]
             # With p = sigmoid(x) and truth 0 the focal loss is (1 - alpha) p^gamma log(1 + e^x).
             # exp(gamma log p) has a finite gradient even where p is 0.
             focal = (1 - alpha) * (gamma * F.logsigmoid(x)).exp() * F.softplus(x)
-            losses.append(focal.mean((1, 2)))
+            losses.append(weight[thing] * focal.mean(1))
+            counts.append(weight[thing].sum())
     if not losses:                                             # sums of nothing: 0 with gradients
         return sum(v[:0].sum() for v in (features, *embeddings))
-    return torch.cat(losses).mean()
+    return torch.cat(losses).sum() / sum(counts)
 
 
 # --- 4.2 Crop sampling ------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class MinimalNet(nn.Module):
     embeddings for stuff too, see lab/kernels.py. H and W are multiples of 4.
 
     The lines that end in IBS are all that a network of your own needs. Give `ibs_loss` each
-    embedding of inference, not a mean (exercise 3); lab/kernels.py deviates."""
+    embedding of inference, not a mean (exercise 3)."""
 
     def __init__(self, isthing, channels=32, ibs_weight=1.0, paired=True):
         super().__init__()

@@ -4,6 +4,7 @@ Five networks of kernels (lab/kernels.py) learn from equally many pixels: of who
 crops or of paired crops, with intra-batch supervision (IBS) or without. They are measured on images
 of the test split, whole and cut to the size of a crop.
 """
+import math
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from data import Sample, collate, crop
 from ibs import MinimalNet, PairedCropSampler, mask_logits
 from lab import unified
 from lab.draw import new_figure, save
+from lab.recipes import RECIPES
 from lab.worlds import world
 from pq import PanopticQuality, confusion_ratio
 
@@ -91,16 +93,16 @@ def share_with_common_category(source, isthing, draws=100):
     return 100 * count / draws
 
 
-def learn(net, source, steps, rate=0.04):
-    """Trains by SGD -> seconds. The rate rises from a third in 50 steps and falls to a tenth after
-    65% and again after 90% of the steps."""
+def learn(net, source, steps, rate=0.002):
+    """Trains by AdamW -> seconds. The rate rises from a third in 50 steps and falls to 0 like a
+    cosine."""
     device, begin = net.isthing.device, time.time()
-    optimiser = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=1e-4, nesterov=True)
+    optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.05)
     net.train()
     for step in range(steps):
-        drops = (step >= 0.65 * steps) + (step >= 0.9 * steps)
+        fall = (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, 1 / 3 + step / 75) * 0.1 ** drops
+            group["lr"] = rate * min(1 / 3 + step / 75, fall)
         images, targets = next(source)
         losses = net.losses(images.to(device), [t.to(device) for t in targets])
         optimiser.zero_grad(set_to_none=True)
@@ -118,8 +120,9 @@ def train(scenes, index, mode, weight, *, steps, seed=0, device="cpu"):
     steps."""
     torch.manual_seed(seed)
     body = seamless.resnet_fpn("tiny", 64)
-    net = unified.kernels([c.isthing for c in scenes.categories], body, canonical=28, channels=32,
-                          ibs_weight=weight, paired=mode == "paired").to(device)
+    settings = {**RECIPES["ibs", "parking"]["model"], "ibs_weight": weight}
+    net = unified.kernels([c.isthing for c in scenes.categories], body, paired=mode == "paired",
+                          **settings).to(device)
     steps = steps * 35 // 32 if mode == "full" else steps
     return net, learn(net, batches(scenes, index, mode, seed=seed), steps)
 

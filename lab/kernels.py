@@ -1,15 +1,15 @@
 """Embeddings as kernels, after Panoptic FCN (Y. Li et al., "Fully Convolutional Networks for
 Panoptic Segmentation", CVPR 2021), one of the two networks that ibs.py is tried on.
 
-    level of    .--> position head --> heat     [categories, h, w]    where is a segment?
-    the pyramid                                                          | its cells
-                '--> kernel head ----> kernels  [C, h, w] --------------'--> embeddings [N, C]
+    level of    .--> position head --> heat     [categories + 1, h, w]   where is a segment?
+    the pyramid                                                             | its cells
+                '--> kernel head ----> kernels  [C, h, w] -----------------'--> embeddings [N, C]
 
 A peak of the heat of a thing category is one object, and the kernel of its cell is the embedding.
 Stuff has one embedding for each category: the mean kernel of its region.
 
-This is a small network. Where the released code of de Geus and Dubbelman, which builds on Panoptic
-FCN's, does something else, a line `Deviation:` says so.
+Levels, kernels, losses and inference are those of the released code of de Geus and Dubbelman, which
+builds on Panoptic FCN's. Where it does something else, a line `Deviation:` says so.
 """
 import math
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import sigmoid_focal_loss
 
-from data import pyramid_level
 from lab.masks import cross_entropy, dice, segment_masks
 from seamless import GroupNorm
 
@@ -56,11 +56,12 @@ def mask_loss(logits, truth, known):
 # --- Where the segments are ---------------------------------------------------------------------
 
 class LevelTruth(NamedTuple):
-    """What the heat of one level should show of a crop. Rows are those of the target."""
+    """What one level should show of a crop. Rows are those of the target."""
     things: torch.Tensor   # int64 [n], the rows of the things that belong to this level
-    bumps: torch.Tensor    # float [n, h, w], their truth
-    stuff: torch.Tensor    # int64 [m], the rows of stuff
-    regions: torch.Tensor  # float [m, h, w], its truth: 0 or 1
+    cells: torch.Tensor    # bool [n, h, w], their cells, never none
+    stuff: torch.Tensor    # int64 [m], the rows of stuff that have a cell
+    regions: torch.Tensor  # float [m, h, w], their cells: 0 or 1
+    heat: torch.Tensor     # float [categories + 1, h, w], the truth of the heat
     known: torch.Tensor    # float [h, w], 1 where a cell is neither void nor crowd
 
 
@@ -84,186 +85,175 @@ def gaussian_bumps(boxes, image_size, size):
 # --- The family ---------------------------------------------------------------------------------
 
 class Kernels(nn.Module):
-    """Heat and kernels on the levels of strides 8, 16 and 32, with shared weights.
+    """Heat and kernels on some levels of the pyramid, with shared weights.
 
     isthing: bool [categories]; c_in: channels of the pyramid; channels: C of the embeddings.
-    canonical: a thing whose box has a root area below it belongs to the first level, one below
-    twice that to the second, any other to the third.
-    layers: convolutions of each head.
+    strides: of the levels. A level of stride s has the things whose boxes have a root area of 4 s
+    to 16 s pixels, the first also smaller and the last also larger ones. Most belong to two levels.
+    layers, width: convolutions of each head, and their channels.
     positions: how many kernels stand for one thing in training.
-    score_threshold: cells of less heat are not used in inference.
     similarity: kernels of one category of a larger cosine are one object.
     detections: the largest number of peaks.
     weights: of the losses "position" and "mask".
 
-    Seven positions, weights 1 and 3 and a cosine of 0.9 are Panoptic FCN's for COCO. The released
-    code has a weight of 4 and a cosine of 0.97 on Cityscapes, 3 positions and 0.95 on Vistas.
-    Deviation: the released code has five levels, p3 to p7. Their ranges of sizes overlap (1 to 128,
-    64 to 256 pixels, ...), so that a thing may train on two of them. Here a thing has one level;
-    with the 224 of the Cityscapes recipe all things below 224 pixels are at stride 8.
-    Deviation: its heads have three convolutions of 256 channels, its embeddings 256 numbers. Here
-    two convolutions are as wide as the embedding.
-    Deviation: its position head has no coordinates. Here both heads have them.
-    Deviation: its heat starts at p = 0.1, here at p = 0.01, as in the focal loss's own paper."""
-    strides = (8, 16, 32)
+    Defaults are the released code's for Cityscapes. It has 3 positions and a cosine of 0.95 for
+    Vistas, and 64 channels and a cosine of 0.9 for COCO.
+    Choice: heat has an entry "a thing" after those of the categories. There no stuff wins. The
+    released code has it for Vistas; for Cityscapes all categories compete with stuff.
+    Deviation: its position head has deformable convolutions."""
     coordinates = True  # of the feature encoder, as in Panoptic FCN
+    peak, region = 0.05, 0.1  # the least heat of a peak; the least mean heat of a stuff region
+    rescored = True     # the score of a thing is multiplied by the mean probability in its mask
 
-    def __init__(self, isthing, c_in, channels, canonical=64, layers=2, positions=7,
-                 score_threshold=0.3, similarity=0.9, detections=100, weights=(1.0, 3.0)):
+    def __init__(self, isthing, c_in, channels, strides=(8, 16, 32, 64, 128), layers=3, width=256,
+                 positions=7, similarity=0.97, detections=100, weights=(1.0, 4.0)):
         super().__init__()
         self.position_head, self.kernel_head = (
-            nn.Sequential(*[conv(channels if i else c_in + 2, channels) for i in range(layers)])
-            for _ in range(2))
-        self.heat = nn.Conv2d(channels, len(isthing), 3, padding=1)
-        self.kernel = nn.Conv2d(channels, channels, 1)
-        nn.init.constant_(self.heat.bias, -math.log(99))       # p = 0.01: most cells are empty
+            nn.Sequential(*[conv(width if i else c, width) for i in range(layers)])
+            for c in (c_in, c_in + 2))
+        self.heat = nn.Conv2d(width, len(isthing) + 1, 3, padding=1)
+        self.kernel = nn.Conv2d(width, channels, 1)
+        nn.init.constant_(self.heat.bias, -math.log(9))        # p = 0.1: most cells are empty
         nn.init.normal_(self.kernel.weight, std=0.01)          # all masks begin near p = 1/2
         nn.init.zeros_(self.kernel.bias)
         self.register_buffer("isthing", isthing, persistent=False)
-        self.canonical, self.positions, self.weights = canonical, positions, weights
-        self.score_threshold, self.similarity = score_threshold, similarity
-        self.detections = detections
+        self.strides, self.positions, self.similarity = tuple(strides), positions, similarity
+        self.detections, self.weights = detections, weights
 
     def maps(self, pyramid):
-        """-> for each level heat logits [B, categories, h, w] and kernels [B, C, h, w]."""
-        inputs = [add_coordinates(pyramid[s]) for s in self.strides]
-        return [(self.heat(self.position_head(x)).float(), self.kernel(self.kernel_head(x)).float())
-                for x in inputs]
+        """-> for each level heat logits [B, categories + 1, h, w] and kernels [B, C, h, w]."""
+        return [(self.heat(self.position_head(x)).float(),
+                 self.kernel(self.kernel_head(add_coordinates(x))).float())
+                for x in (pyramid[s] for s in self.strides)]
 
     def truth(self, target, sizes):
         """-> a LevelTruth for each level, whose maps have `sizes` [(h, w), ...]."""
-        thing = self.isthing[target.categories]
-        things, stuff = (torch.where(rows & ~target.crowd)[0] for rows in (thing, ~thing))
-        level = pyramid_level(target.boxes, len(sizes), self.canonical, k0=2)
+        thing, n = self.isthing[target.categories], len(self.isthing)
+        side = (target.boxes[:, 2:] - target.boxes[:, :2]).prod(1).sqrt()
         levels = []
-        for k, size in enumerate(sizes, 1):
-            rows = things[level[things] == k]
-            bumps = gaussian_bumps(target.boxes[rows], target.segments.shape, size)
+        for k, (stride, size) in enumerate(zip(self.strides, sizes)):
             masks, known = segment_masks(target, size)
-            levels.append(LevelTruth(rows, bumps, stuff, masks[stuff], known))
+            here = (side >= 4 * stride) | (k == 0)
+            here = here & ((side < 16 * stride) | (k == len(sizes) - 1))
+            things = torch.where(thing & here & ~target.crowd)[0]
+            stuff = torch.where(~thing & ~target.crowd & masks.flatten(1).any(1))[0]
+            bumps = gaussian_bumps(target.boxes[things], target.segments.shape, size)
+            cells = masks[things] > 0
+            cells = cells | (bumps == 1) & ~cells.flatten(1).any(1)[:, None, None]
+            names = target.categories[torch.cat([things, stuff])][:, None, None].expand(-1, *size)
+            heat = masks.new_zeros(n, *size).scatter_reduce(
+                0, names, torch.cat([bumps, masks[stuff]]), "amax")
+            heat = torch.cat([heat, masks[thing].sum(0, keepdim=True)])
+            levels.append(LevelTruth(things, cells, stuff, masks[stuff], heat, known))
         return levels
 
-    def position_loss(self, heat, target, truth):
-        """The focal loss of CenterNet on one crop's heat; heat and truth are lists over levels.
+    def position_loss(self, heat, truth):
+        """The focal loss (alpha 0.25, gamma 2) of one crop's heat towards its truth y in 0..1; heat
+        and truth are lists over levels. With p = sigmoid(heat) and p_t = p y + (1 - p) (1 - y)
 
-        With p = sigmoid(heat) and y the largest of the bumps or regions of a category,
-            -(1 - p)^2 log p              where y = 1
-            -(1 - y)^4 p^2 log(1 - p)     elsewhere
-        Things: the sum over all cells / the number of things. Stuff: the mean over the cells and
-        the stuff categories of a level, summed over levels. Void and crowd cells teach nothing,
-        except where a bump has its top.
-        Deviation: the released code has the focal loss with alpha 0.25, gamma 2 and y as a soft
-        target. Its stuff loss is a sum over categories: the mean here is as many times weaker as
-        there are stuff categories, 11 times on Cityscapes."""
+            -(1 - p_t)^2 (0.25 y log p + 0.75 (1 - y) log(1 - p)),    roughly: see torchvision
+
+        Things: the sum over all cells / the number of pairs of a thing and a level. Stuff and "a
+        thing": the mean over the cells of a level, summed over entries and levels. Void and crowd
+        cells teach nothing, except where a bump has its top."""
         things, stuff = heat[0].new_zeros(()), heat[0].new_zeros(())
-        for x, level in zip(heat, truth):                      # [categories, h, w]
-            y = torch.zeros_like(x).flatten(1)
-            for rows, maps in ((level.things, level.bumps), (level.stuff, level.regions)):
-                category = target.categories[rows, None].expand(-1, y.shape[1])
-                y = y.scatter_reduce(0, category, maps.flatten(1), "amax")
-            y, p = y.view_as(x), x.sigmoid()
-            loss = torch.where(y == 1, (1 - p) ** 2 * F.softplus(-x),     # softplus(-x) = -log p
-                               (1 - y) ** 4 * p ** 2 * F.softplus(x))
-            loss = loss * torch.where(y == 1, 1, level.known)
-            things = things + loss[self.isthing].sum()
-            if not self.isthing.all():
-                stuff = stuff + loss[~self.isthing].mean()
+        for x, level in zip(heat, truth):                      # [categories + 1, h, w]
+            loss = sigmoid_focal_loss(x, level.heat, alpha=0.25, gamma=2)
+            n = len(self.isthing)
+            top = level.heat[:n][self.isthing] == 1
+            things = things + (loss[:n][self.isthing] * torch.where(top, 1, level.known)).sum()
+            stuff = stuff + (torch.cat([loss[:n][~self.isthing], loss[n:]]) * level.known).mean(
+                (1, 2)).sum()
         return things / max(sum(len(level.things) for level in truth), 1) + stuff
 
-    def thing_kernels(self, heat, kernels, level, categories):
-        """The kernels that stand for the n things of one level: those of the cells of most heat,
-        `positions` at most, among those where the bump is above 0.1 -> weights [n, k] in proportion
-        to p, which add up to 1 and have no gradient, and kernels [n, k, C].
-
-        Deviation: the released code takes cells inside the mask, not the bump, and its weights
-        have gradients."""
-        p = heat[categories].detach().sigmoid().clamp(min=1e-4) * (level.bumps > 0.1)
-        weight, cell = p.flatten(1).topk(min(self.positions, kernels[0].numel()))
+    def thing_kernels(self, heat, kernels, cells, categories):
+        """The kernels of the n things of one level: those of the cells of most heat among the
+        thing's own `cells`, `positions` at most -> weights [n, k] in proportion to p, which add up
+        to 1, and are 0 for cells that are not the thing's; kernels [n, k, C]."""
+        p = heat[categories].sigmoid() * cells
+        weight, cell = p.flatten(1).topk(min(self.positions, heat[0].numel()))
         return weight / weight.sum(1, keepdim=True), kernels.flatten(1).T[cell]
 
-    def stuff_kernels(self, kernels, truth):
-        """The mean kernel of each region over the cells of all levels -> kernels [m, C] of the rows
-        int64 [m] of the target, those that have a cell.
-
-        Deviation: the released code has an embedding for each level in training, averaged over
-        levels in inference only."""
-        with torch.autocast(kernels[0].device.type, enabled=False):       # sums over all cells
-            total = sum(level.regions.flatten(1) @ kernel.flatten(1).T
-                        for level, kernel in zip(truth, kernels))
-        cells = sum(level.regions.flatten(1).sum(1) for level in truth)
-        keep = cells > 0
-        return total[keep] / cells[keep, None], truth[0].stuff[keep]
+    def stuff_kernels(self, kernels, regions):
+        """The kernel of each of m regions of one level, the mean of its cells -> weights [m, 1], of
+        1, and kernels [m, 1, C]."""
+        with torch.autocast(kernels.device.type, enabled=False):          # sums over all cells
+            total = regions.flatten(1) @ kernels.flatten(1).T
+        mean = total / regions.flatten(1).sum(1, keepdim=True)
+        return mean.new_ones(len(mean), 1), mean[:, None]
 
     def losses(self, pyramid, features, targets):
-        """-> losses "position" and "mask"; the embeddings of each crop, a list of [N_b, C]; which
-        of them are things, a list of bool [N_b]: things first, then stuff.
+        """-> losses "position" and "mask"; a list with one entry for intra-batch supervision: the
+        embeddings of each crop, [N_b, C]; which of them are things, bool [N_b]; weights [N_b].
 
-        "position" is a mean over crops, "mask" over the segments of the batch. The mask of a thing
-        costs the weighted mean of what its kernels cost one by one.
-        Deviation: the embedding of a thing, which intra-batch supervision gets, is the weighted
-        mean of its kernels. The released code supervises each kernel, and inference uses single
-        ones: two of logits 10 and -30 in another crop cost 7e-14 as a mean, 3.75 one by one."""
+        "position" is a mean over crops. Every kernel has a mask of its own. The mask of a thing on
+        a level costs the weighted mean of what its kernels cost. "mask" is the mean over pairs of a
+        thing and a level, plus that over pairs of a stuff segment and a level.
+        Intra-batch supervision gets every kernel, with these weights.
+        Choice: its weights have no gradient, so that it teaches masks alone."""
         maps = self.maps(pyramid)
-        position, mask, embeddings, is_thing = [], [], [], []
+        position, costs, crops = [], ([], []), []
         for b, target in enumerate(targets):
             heat, kernels = [h[b] for h, _ in maps], [k[b] for _, k in maps]
             truth = self.truth(target, [k.shape[-2:] for k in kernels])
-            position.append(self.position_loss(heat, target, truth))
+            position.append(self.position_loss(heat, truth))
             masks, known = segment_masks(target, features.shape[-2:])
-            things = []                                        # their embeddings, level by level
+            parts = []
             for x, kernel, level in zip(heat, kernels, truth):
-                weight, cells = self.thing_kernels(
-                    x, kernel, level, categories=target.categories[level.things])
-                logits = (cells @ features[b].flatten(1)).unflatten(-1, known.shape)
-                cost = mask_loss(logits, masks[level.things][:, None], known)        # [n, k]
-                mask.append((weight * cost).sum(1))
-                things.append((weight[..., None] * cells).sum(1))
-            stuff, rows = self.stuff_kernels(kernels, truth)
-            logits = (stuff @ features[b].flatten(1)).unflatten(-1, known.shape)
-            mask.append(mask_loss(logits, masks[rows], known))
-            embeddings.append(torch.cat([*things, stuff]))
-            number = torch.arange(len(embeddings[b]), device=features.device)
-            is_thing.append(number < len(number) - len(stuff))
-        mask = torch.cat(mask)                                 # of no segment: 0, with gradients
+                names = target.categories[level.things]
+                groups = ((level.things, *self.thing_kernels(x, kernel, level.cells, names)),
+                          (level.stuff, *self.stuff_kernels(kernel, level.regions)))
+                for cost, (rows, weight, e) in zip(costs, groups):
+                    logits = (e @ features[b].flatten(1)).unflatten(-1, known.shape)
+                    cost.append((weight * mask_loss(logits, masks[rows][:, None], known)).sum(1))
+                    is_thing = self.isthing[target.categories[rows]]
+                    parts.append((e.flatten(0, 1), is_thing.repeat_interleave(e.shape[1]),
+                                  weight.detach().flatten()))
+            crops.append([torch.cat(part) for part in zip(*parts)])
+        things, stuff = (torch.cat(c) for c in costs)
         losses = {"position": self.weights[0] * sum(position) / len(position),
-                  "mask": self.weights[1] * mask.sum() / max(len(mask), 1)}
-        return losses, embeddings, is_thing
+                  "mask": self.weights[1] * sum(c.sum() / max(len(c), 1) for c in (things, stuff))}
+        return losses, [tuple(zip(*crops))]
+
+    def ibs_pixels(self, logits):
+        """Every pixel of a mask counts in intra-batch supervision: [N, P] as it is."""
+        return logits
 
     def embed(self, pyramid, features):
         """Inference on the first image -> embeddings [N, C], scores [N], categories [N].
 
-        Things: the cells of more heat than `score_threshold` and than their eight neighbours, the
-        best `detections`, fused. Stuff: the mean kernel of all cells above the threshold.
-        Deviation: the released code smooths the heat before it looks for peaks, and multiplies the
-        score of a thing by the mean probability in its mask.
-        Deviation: its stuff categories compete in each cell (argmax). Here each takes every cell
-        above the threshold. This is a known defect: training averages over the true region, but in
-        inference the ground takes cells of vehicles too. On whole images of the parking lot (280
-        steps) the ground's mask has an IoU of 0.37 with these cells and of 0.64 with the true
-        ones."""
-        things = self.isthing[:, None, None]
-        peaks, stuff_heat, cells = [], [], []
+        Things: the cells of more heat than `peak`, at least as much as their eight neighbours; heat
+        is averaged with the mean over 3x3 cells before. The best `detections` are fused.
+        Stuff: in each level a cell belongs to the stuff category of most heat, or to "a thing". A
+        category whose cells have a mean heat above `region` has their mean kernel; of these, over
+        levels, the mean again."""
+        things, stuff = torch.where(self.isthing)[0], torch.where(~self.isthing)[0]
+        peaks, total = [], {}
         for heat, kernel in self.maps(pyramid):
             p, kernels = heat[0].sigmoid(), kernel[0].flatten(1).T        # [.., h, w], [hw, C]
-            p = p * (p > self.score_threshold)
-            top = (p > 0) & (p == F.max_pool2d(p[None], 3, 1, padding=1)[0]) & things
-            category, cell = torch.where(top.flatten(1))
-            peaks.append((kernels[cell], p.flatten(1)[category, cell], category))
-            stuff_heat.append((p * ~things).flatten(1))
-            cells.append(kernels)
+            mean = F.avg_pool2d(p[None], 3, 1, padding=1, count_include_pad=False)[0]
+            smooth = ((p + mean) / 2)[things]
+            top = (smooth > self.peak) & (smooth == F.max_pool2d(smooth[None], 3, 1, padding=1)[0])
+            row, cell = torch.where(top.flatten(1))
+            peaks.append((kernels[cell], smooth.flatten(1)[row, cell], things[row]))
+            winner = torch.cat([p[stuff], p[-1:]]).argmax(0).flatten()
+            for k, c in enumerate(stuff.tolist()):
+                inside = winner == k
+                score = p[c].flatten()[inside].mean()          # of no cell: NaN, which is not above
+                if score > self.region:
+                    total.setdefault(c, []).append((kernels[inside].mean(0), score))
         kernels, scores, categories = (torch.cat(parts) for parts in zip(*peaks))
         best = scores.argsort(descending=True)[:self.detections]
         kernels, scores, categories = fuse_kernels(
             kernels[best], scores[best], categories[best], similarity=self.similarity)
-        heat = torch.cat(stuff_heat, 1)                        # [categories, cells of all levels]
-        stuff = torch.where(heat.any(1))[0]
-        inside = (heat[stuff] > 0).float()
-        mean = inside @ torch.cat(cells) / inside.sum(1, keepdim=True)
-        return (torch.cat([kernels, mean]), torch.cat([scores, heat[stuff].amax(1)]),
-                torch.cat([categories, stuff]))
+        for c, found in total.items():
+            kernel, score = (torch.stack(v).mean(0) for v in zip(*found))
+            kernels, scores = torch.cat([kernels, kernel[None]]), torch.cat([scores, score[None]])
+            categories = torch.cat([categories, categories.new_tensor([c])])
+        return kernels, scores, categories
 
 
-def fuse_kernels(kernels, scores, categories, similarity=0.9):
+def fuse_kernels(kernels, scores, categories, similarity=0.97):
     """Kernels [N, C] of falling scores [N] -> kernels, scores, categories of different objects.
 
     One after the other, a kernel joins the best object of its category whose first kernel has a

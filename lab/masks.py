@@ -40,6 +40,14 @@ def cross_entropy(logits, truth, known):
     return ((F.softplus(x) - x * truth) * known).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
 
 
+def mean_probability(logits):
+    """[N, h, w] -> [N]: the mean probability of the cells where it is above 1/2; 0 if there is
+    none."""
+    p = logits.float().sigmoid()
+    inside = p > 0.5
+    return (p * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+
+
 # --- From masks to segments ---------------------------------------------------------------------
 
 def enlarge(logits, size):
@@ -53,16 +61,17 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
     1 Masks of a score of at most `score_threshold` are dropped.
     2 Each pixel goes to the mask of the largest score * probability. Where that probability is at
       most 1/2, the pixel is void.
-    3 A mask becomes a segment if it keeps at least `overlap` of the pixels where its own
-      probability is above 1/2, and at least one.
+    3 A mask becomes a segment if it wins at least `overlap` times as many pixels as have a
+      probability above 1/2 in it, and keeps at least one.
     4 Stuff of one category is one segment, of the best score. With fewer than `stuff_area` pixels
       it is void.
 
     Masks are enlarged one at a time: 100 of them take 800 MB at 1024x2048.
-    Deviation: Mask2Former merges likewise, but in step 3 its released code counts every pixel that
-    a mask wins in step 2, also where the probability is at most 1/2.
+    As Mask2Former's released code does: in step 3 every pixel that a mask wins in step 2 counts,
+    also where its probability is at most 1/2.
     Deviation: Panoptic FCN's released code places things one by one, by falling score, and drops
-    one of which more than `overlap` is taken. Stuff fills the rest."""
+    one of which more than `overlap` is taken. The likeliest stuff fills the rest. On the toy street
+    that was 1.4 PQ worse: where a thing is missed, stuff takes its pixels instead of void."""
     device, n = logits.device, len(logits)
     best = torch.zeros(size, device=device)
     winner = torch.full(size, -1, dtype=torch.long, device=device)
@@ -75,8 +84,9 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
         better = value > best
         best, winner = torch.where(better, value, best), torch.where(better, k, winner)
         inside = torch.where(better, mask, inside)
-    kept = torch.bincount(winner[inside], minlength=n)
-    chosen = (kept > 0) & (kept >= overlap * area)
+    won, kept = (torch.bincount(w, minlength=n + 1)[1:] for w in (
+        winner.flatten() + 1, winner[inside] + 1))
+    chosen = (kept > 0) & (won >= overlap * area)
     number = torch.zeros(n + 1, dtype=torch.long, device=device)          # of mask k at k + 1
     given = {}                                                 # numbers of things and stuff so far
     for k, c in zip(torch.where(chosen)[0].tolist(), categories[chosen].tolist()):

@@ -43,21 +43,24 @@ class Queries(nn.Module):
     multiple of `heads` and of 4. queries: N. layers, heads: of the attention.
     no_object: weight of queries without a segment in the loss "class".
     weights: of "class", "mask" (cross entropy) and "dice", in losses and in matching alike.
+    points: pixels of each mask that intra-batch supervision reads; see `ibs_pixels`.
     things_only: instance segmentation (section 6.4 of de Geus and Dubbelman): stuff is "no object".
 
-    Weights 2, 5, 5 and 0.1 for "no object" are Mask2Former's.
+    Weights 2, 5, 5, 0.1 for "no object" and 12,544 points are Mask2Former's.
     Choice: of more segments than queries, those of the cheapest assignment are learnt.
     Deviation: the released code has nine layers, here there are three.
-    Deviation: its features come from a deformable-attention decoder, here from a few convolutions
-    (FeatureEncoder).
+    Deviation: its features come from six layers of deformable attention among the cells of strides
+    8, 16 and 32 (the pixel decoder), here from a few convolutions (FeatureEncoder). So no cell sees
+    the whole image before the queries read it.
     Deviation: its losses and its matching see 12,544 points of each mask, here all known cells at
     stride 4."""
     strides = (32, 16, 8)  # of the layers in turn
     coordinates = False    # of the feature encoder: queries have `sine`
+    rescored = False       # merging needs the score of the category alone
     outside = False        # do segments outside of the crop need a query? See lab/outside.py
 
     def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1,
-                 weights=(2.0, 5.0, 5.0), things_only=False):
+                 weights=(2.0, 5.0, 5.0), points=12544, things_only=False):
         super().__init__()
         if channels % heads or channels % 4:
             raise ValueError(f"channels={channels} must be a multiple of heads={heads} and of 4")
@@ -79,7 +82,8 @@ class Queries(nn.Module):
         self.last_norm, self.classifier = nn.LayerNorm(c), nn.Linear(c, len(isthing) + 1)
         self.mask_head = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(),
                                        nn.Linear(c, c))
-        self.weights, self.heads, self.things_only = weights, heads, things_only
+        self.weights, self.heads, self.points = weights, heads, points
+        self.things_only = things_only
 
     # --- From pyramid and features to embeddings ------------------------------------------------
 
@@ -131,19 +135,32 @@ class Queries(nn.Module):
     # --- Losses ---------------------------------------------------------------------------------
 
     def losses(self, pyramid, features, targets):
-        """-> losses "class", "mask", "dice", summed over `answers` (deep supervision); the matched
-        embeddings of each crop after the last layer, a list of [N_b, C]; which of them are things,
-        a list of bool [N_b].
-
-        Choice: intra-batch supervision gets the embeddings of the last layer, those of inference.
-        Deviation: the released code applies it after each of the nine layers, at sampled points."""
+        """-> losses "class", "mask", "dice", summed over `answers` (deep supervision); for each
+        layer, for intra-batch supervision: the matched embeddings of each crop, a list of [N_b, C];
+        which of them are things, a list of bool [N_b]; None, as all count alike. Not of the queries
+        before the first layer, which are the same for all images."""
         truth = [segment_masks(t, features.shape[-2:]) for t in targets]
-        total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
+        total, layers = {"class": 0.0, "mask": 0.0, "dice": 0.0}, []
         for logits, embeddings in self.answers(pyramid, features):
             each, matched, is_thing = self.layer_losses(
                 logits, embeddings, features, targets=targets, truth=truth)
             total = {name: total[name] + w * each[name] for name, w in zip(total, self.weights)}
-        return total, matched, is_thing
+            layers.append((matched, is_thing, None))
+        return total, layers[1:]
+
+    def ibs_pixels(self, logits):
+        """The pixels of each mask that intra-batch supervision reads: logits [N, P] -> [N, points].
+
+        As Mask2Former samples them: the three quarters of `points` with logits nearest to 0 among
+        3 `points` random pixels, and a quarter at random. All pixels, if there are no more.
+        Choice: pixels; Mask2Former takes places between them, by interpolation."""
+        n, pixels = self.points, logits.shape[1]
+        if pixels <= n:
+            return logits
+        order = torch.rand_like(logits).argsort(1)
+        some, rest = (logits.gather(1, order[:, :k]) for k in (3 * n, n - n * 3 // 4))
+        nearest = some.detach().abs().topk(n * 3 // 4, largest=False)[1]
+        return torch.cat([some.gather(1, nearest), rest], 1)
 
     def layer_losses(self, logits, embeddings, features, targets, truth):
         """The losses of one pair of `answers` without weights, matched embeddings, is_thing.

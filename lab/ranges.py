@@ -92,9 +92,10 @@ RANGES = {
     "adaptis.points": whole(1, 4096), "adaptis.threshold": number(0, 1),
     "adaptis.per_round": whole(1, 4096), "adaptis.patience": whole(1), "adaptis.min_area": whole(0),
     "model.ibs_weight": number(0), "model.layers": whole(1, 64),
+    "ibs.strides": whole(4, 128, count="some"), "ibs.width": whole(1, 4096),
     "ibs.positions": whole(1, 4096), "ibs.similarity": number(-1, 1),
     "ibs.detections": whole(1, 65536), "ibs.weights": number(0, count=2),
-    "queries.weights": number(0, count=3), "queries.queries": whole(1, 65536),
+    "queries.points": whole(1), "queries.weights": number(0, count=3), "queries.queries": whole(1, 65536),
     "queries.heads": whole(1, 4096), "queries.no_object": number(0, 1),
 }
 

@@ -87,11 +87,9 @@ RECIPES["seamless", "parking"] = dict(
 # --- torchvision's Mask R-CNN on the same body, with the recipes of Seamless ----------------------
 RECIPES["maskrcnn", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(canonical=56, anchor_scale=2, ratios=(0.2, 0.5, 1, 2, 5), rois=64, proposals=100,
-               window=16),
-    crops=dict(mode="isus", size=(192, 384), scale=(0.8, 1.25), scale_things=(0.8, 1.25),
-               canonical=56, jitter=0.1),
-    fit=dict(batch=4, steps=850, lr=0.04, warmup=50, drops=(0.6, 0.85)))
+    model=dict(anchor_scale=4, ratios=(0.2, 0.5, 1, 2, 5), rois=64, proposals=100, window=16),
+    crops=dict(mode="uniform", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
+    fit=dict(batch=4, steps=950, lr=0.002, adam=True, decay=0.05, warmup=50, cosine=True))
 
 RECIPES["maskrcnn", "cityscapes"] = dict(
     body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=1),
@@ -136,10 +134,8 @@ RECIPES["adaptis", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(window=(192, 384), radius=70.0, points=6, threshold=0.4, width=32, blocks=3,
                per_round=8, patience=200, min_area=16, proposals=0.12),
-    crops=dict(mode="uniform", size=(192, 384), scale=(0.8, 1.25), scale_things=(0.8, 1.25),
-               jitter=0.1),
-    fit=dict(batch=4, steps=850, lr=0.002, lr_body=0.002, warmup=50, drops=(0.6, 0.85),
-             decay=0.0))
+    crops=dict(mode="uniform", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
+    fit=dict(batch=4, steps=950, lr=0.002, lr_body=0.002, warmup=50, cosine=True, decay=0.0))
 
 # Section 7: Adam, rate 5e-5 for a pretrained body and 1e-4 for the rest, random crops, six points
 # an image, R = 280 pixels, T = 0.40, 260 epochs in batches of 8 with drops after 240 and 255, then
@@ -205,12 +201,11 @@ RECIPES["adaptis", "parking"] = dict(
 # COCO. In a few hundred steps from scratch a larger weight costs detection more than it gains.
 RECIPES["affinity", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(canonical=56, anchor_scale=2, ratios=(0.2, 0.5, 1, 2, 5), rois=64, proposals=100,
+    model=dict(anchor_scale=4, ratios=(0.2, 0.5, 1, 2, 5), positive=0.5, rois=64, proposals=100,
                window=16, semantic_loss="cross-entropy", excitation=True, loss_weights=(1.0, 1.0,
                0.25), variant="C", channels=64),
-    crops=dict(mode="uniform", size=(192, 384), scale=(0.8, 1.25), scale_things=(0.8, 1.25),
-               jitter=0.1),
-    fit=dict(batch=4, steps=850, lr=0.04, warmup=50, drops=(0.6, 0.85)))
+    crops=dict(mode="uniform", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
+    fit=dict(batch=4, steps=950, lr=0.002, adam=True, decay=0.05, warmup=50, cosine=True))
 
 # Section 4 and appendix B: 65k steps of 32 crops, drops after 40k and 55k, warm-up of 500 steps
 # from a third, relighting, weights of detection, semantic and panoptic loss, variant B, Lovasz
@@ -264,18 +259,19 @@ RECIPES["affinity", "parking"] = dict(
 # Choice: the street's schedule of Seamless.
 RECIPES["ibs", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(canonical=56, channels=32, ibs_weight=1.0, score_threshold=0.3, overlap=0.5),
-    crops=dict(mode="paired", size=(192, 384), scale=(0.8, 1.25), jitter=0.1),
-    fit=dict(batch=4, steps=850, lr=0.04, warmup=50, drops=(0.6, 0.85)))
+    model=dict(strides=(4, 8, 16, 32), layers=2, width=64, channels=64, ibs_weight=1.0,
+               score_threshold=0.3, overlap=0.5),
+    crops=dict(mode="paired", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
+    fit=dict(batch=4, steps=950, lr=0.002, adam=True, decay=0.05, warmup=50, cosine=True))
 
 # Section 5.2: 65k steps of 32 crops of 512x1024. Table 3's other rows: `--sampler full --set
 # model.ibs_weight=0 fit.batch=4 fit.steps=100000`, `--sampler uniform --set model.ibs_weight=0`,
-# `--sampler uniform`. Choice: what the text leaves to Panoptic FCN's own paper is as commonly known
-# of it (polynomial decay with power 0.9). The weight of IBS is 1 (released code: 4), and images are
-# evaluated at the upper end of Vistas' scales. IDD and COCO, not in the paper: as Cityscapes.
+# `--sampler uniform`. What the text leaves open is as in released code: the network, polynomial
+# decay with power 0.9, the weight of IBS. Choice: images are evaluated at the upper end of Vistas'
+# scales. IDD and COCO, not in the paper: as Cityscapes.
 RECIPES["ibs", "cityscapes"] = dict(
-    body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=1),
-    model=dict(canonical=224, channels=64, ibs_weight=1.0, score_threshold=0.3, overlap=0.5),
+    body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=2),
+    model=dict(channels=256, ibs_weight=4.0, score_threshold=0.2, overlap=0.5, stuff_area=2048),
     crops=dict(mode="paired", size=(512, 1024), short_side=1024, scale=(0.5, 2.0)),
     fit=dict(batch=32, steps=65000, lr=0.02, warmup=1000, poly=0.9))
 
@@ -284,37 +280,40 @@ RECIPES["ibs", "idd"] = RECIPES["ibs", "cityscapes"]
 # Section 5.2: 150k steps of 32 crops of 1024x1024, shortest side 1024 to 2048.
 RECIPES["ibs", "mapillary"] = dict(
     body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=2),
-    model=dict(canonical=224, channels=64, ibs_weight=1.0, score_threshold=0.3, overlap=0.5),
+    model=dict(channels=256, positions=3, similarity=0.95, weights=(1.0, 3.0), ibs_weight=15.0,
+               score_threshold=0.2, overlap=0.5, stuff_area=2048),
     crops=dict(mode="paired", size=(1024, 1024), short_side=2048, scale=(0.5, 1.0)),
-    fit=dict(batch=32, steps=150000, lr=0.02, warmup=1000, poly=0.9))
+    fit=dict(batch=32, steps=150000, lr=0.02, warmup=2000, poly=0.9))
 
 RECIPES["ibs", "coco"] = dict(
-    body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=1),
-    model=dict(canonical=224, channels=64, ibs_weight=1.0, score_threshold=0.3, overlap=0.5),
+    body=dict(name="resnet50", weights="imagenet", frozen=2, frozen_norm=True, extra=2),
+    model=dict(channels=64, similarity=0.9, weights=(1.0, 3.0), ibs_weight=4.0,
+               score_threshold=0.2, overlap=0.5, stuff_area=2048),
     crops=dict(mode="paired", size=(640, 640), short_side=800, scale=(0.5, 2.0)),
     fit=dict(batch=32, steps=65000, lr=0.02, warmup=1000, poly=0.9))
 
-# Choice: IBS weight 2, chosen among 1, 2, 4 on the val split.
 RECIPES["ibs", "parking"] = dict(
     body=dict(name="tiny", width=64),
-    model=dict(canonical=28, channels=32, ibs_weight=2.0, score_threshold=0.3, overlap=0.5),
+    model=dict(strides=(4, 8, 16, 32), layers=2, width=64, channels=64, ibs_weight=4.0,
+               score_threshold=0.2, overlap=0.5),
     crops=dict(mode="paired", size=(80, 160), scale=(0.8, 1.25)),
-    fit=dict(batch=6, steps=1280, lr=0.04, warmup=50, drops=(0.65, 0.9), interval=100))
+    fit=dict(batch=6, steps=1280, lr=0.002, adam=True, decay=0.05, warmup=50, cosine=True,
+             interval=100))
 
 # --- Intra-batch supervision, embeddings from queries --------------------------------------------
 # Choice: the street's schedule of Seamless, with AdamW.
 RECIPES["queries", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(channels=64, ibs_weight=1.0, score_threshold=0.5, overlap=0.5, queries=60),
-    crops=dict(mode="paired", size=(192, 384), scale=(0.8, 1.25), jitter=0.1),
-    fit=dict(batch=4, steps=850, lr=0.001, lr_body=0.001, warmup=50, drops=(0.6, 0.85),
-             clip=1.0, decay=0.05))
+    crops=dict(mode="paired", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
+    fit=dict(batch=4, steps=950, lr=0.002, lr_body=0.002, warmup=50, cosine=True, clip=1.0,
+             decay=0.05))
 
 # Section 5.2: 90k steps of 16 crops. Choice: AdamW, a tenth of the rate for the ResNet and nothing
 # frozen, as commonly known of Mask2Former. Section 6.4: `--set model.things_only=True`.
 RECIPES["queries", "cityscapes"] = dict(
     body=dict(name="resnet50", weights="imagenet", extra=1),
-    model=dict(channels=256, ibs_weight=1.0, score_threshold=0.8, overlap=0.8),
+    model=dict(channels=256, ibs_weight=50.0, score_threshold=0.8, overlap=0.8),
     crops=dict(mode="paired", size=(512, 1024), short_side=1024, scale=(0.5, 2.0)),
     fit=dict(batch=16, steps=90000, lr=1e-4, lr_body=1e-5, poly=0.9, clip=0.01, decay=0.05))
 
@@ -323,13 +322,13 @@ RECIPES["queries", "idd"] = RECIPES["queries", "cityscapes"]
 # Section 5.2: 300k steps of 16 crops of 1024x1024.
 RECIPES["queries", "mapillary"] = dict(
     body=dict(name="resnet50", weights="imagenet", extra=2),
-    model=dict(channels=256, ibs_weight=1.0, score_threshold=0.8, overlap=0.8),
+    model=dict(channels=256, ibs_weight=100.0, score_threshold=0.0, overlap=0.8),
     crops=dict(mode="paired", size=(1024, 1024), short_side=2048, scale=(0.5, 1.0)),
     fit=dict(batch=16, steps=300000, lr=1e-4, lr_body=1e-5, poly=0.9, clip=0.01, decay=0.05))
 
 RECIPES["queries", "coco"] = dict(
     body=dict(name="resnet50", weights="imagenet", extra=1),
-    model=dict(channels=256, ibs_weight=1.0, score_threshold=0.8, overlap=0.8),
+    model=dict(channels=256, ibs_weight=50.0, score_threshold=0.8, overlap=0.8),
     crops=dict(mode="paired", size=(640, 640), short_side=800, scale=(0.5, 2.0)),
     fit=dict(batch=16, steps=90000, lr=1e-4, lr_body=1e-5, poly=0.9, clip=0.01, decay=0.05))
 

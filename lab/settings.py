@@ -108,7 +108,7 @@ def unread(values, method):
                   for key in ("scale_things", "canonical")}
     if mode == "full":
         found["crops", "size"] = "--sampler full takes whole images; the other samplers read it"
-    if method in ("adaptis", "ibs", "queries"):
+    if method in ("adaptis", "queries"):
         found["fit", "adam"] = f"{method} has an optimiser of its own; seamless reads it"
     if method in ("seamless", "two", "affinity", "ibs", "maskrcnn"):
         found["fit", "lr_body"] = f"{method} has one rate, fit.lr; adaptis and queries have two"

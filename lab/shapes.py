@@ -16,6 +16,7 @@ from ibs import mask_logits
 from lab import balls, demo_adaptis, demo_affinity, demo_ibs, ends, unified
 from lab.draw import draw
 from lab.figure_adaptis import coloured
+from lab.recipes import RECIPES
 from lab.sheet import INSIDE, Box, Sheet, probabilities, recorded, side_by_side, with_boxes
 from lab.worlds import world
 from seamless import Seamless, resnet_fpn
@@ -232,8 +233,9 @@ def unified_net(model, name):
     """The pass of a UnifiedNet, untrained if None -> model, calls, the boxes of every family."""
     if model is None:                                          # untrained: whatever it finds
         names = [c.isthing for c in world("parking", "test", 1).categories]
-        model = getattr(unified, name)(names, resnet_fpn("tiny", 64), channels=32,
-                                       score_threshold=0.0)
+        settings = {**RECIPES["ibs" if name == "kernels" else name, "parking"]["model"],
+                    "score_threshold": 0.0}
+        model = getattr(unified, name)(names, resnet_fpn("tiny", 64), **settings)
     scenes = world("parking", "test", 1)
     model, image = model.cpu().eval(), scenes[0].image
     with recorded(model, "family.embed", "mask_logits", "merge") as calls:
@@ -260,22 +262,27 @@ def joined(sheet):
 def kernels(out="figures", model=None):
     """Draws lab/kernels.py on a parking lot: heat says where, kernels say what."""
     _, calls, boxes = unified_net(model, "kernels")
-    for k in range(3):
-        heat = calls["family.heat"][k][0]
-        boxes += [Box(f"family.heat {k + 1}", k + 2, 1, heat,
-                      probabilities(heat.sigmoid().amax(0))),
-                  Box(f"family.kernel {k + 1}", k + 2, 2, calls["family.kernel"][k][0])]
-    title = ("Kernels. The heat has a peak for each thing and a region for each stuff category "
-             "(here: its largest probability).\nThe kernel of a peak is an embedding E. Its mask "
-             "is E times the features F, for things and stuff alike.")
+    places = {"encoder: F": (0, 1), "mask_logits: E F": (0, 2), "family.embed: E": (1, 3)}
+    boxes = [box._replace(**dict(zip(("column", "row"), places.get(box.name, box[1:3]))))
+             for box in boxes]
+    levels = range(1, 5)
+    for k in levels:
+        heat = calls["family.heat"][k - 1][0]
+        boxes += [Box(f"family.heat {k}", k, 1, heat, probabilities(heat.sigmoid().amax(0))),
+                  Box(f"family.kernel {k}", k, 2, calls["family.kernel"][k - 1][0])]
+    title = ("Kernels. The heat has a peak for each thing and a region for each stuff category, "
+             "and for \"a thing\" (here: its largest probability).\nThe kernel of a peak is an "
+             "embedding E. Its mask is E times the features F, for things and stuff alike.")
     sheet = Sheet(title + UNTRAINED * (model is None), boxes)
-    joined(sheet)
-    for k, s in enumerate((8, 16, 32), 1):
+    sheet.feed("image", "body[4]")
+    sheet.feed("encoder: F", "mask_logits: E F", "merge: segments")
+    sheet.arrow((1 + INSIDE, 6.5), (0.97, 6.5), (0.97, 4.75), (1 - INSIDE, 4.75))
+    for k, s in zip(levels, (4, 8, 16, 32)):
+        sheet.arrow((k + 0.5, 1), (k + 0.5, 1.35), (0.5, 1.35), (0.5, 2))
         sheet.feed(f"body[{s}]", f"family.heat {k}")
-        sheet.arrow((k + 1.3, 1), (k + 1.3, 1.65), (k + 1, 1.65), (k + 1, 4.5),
-                    (k + 1 + INSIDE, 4.5))
-        sheet.arrow((k + 1.5, 5), (k + 1.5, 5.5), (2.5, 5.5), (2.5, 6))
-        sheet.arrow((k + 1.5, 3), (k + 1.5, 3.5), (5, 3.5), (5, 5.5), (2.5, 5.5), (2.5, 6))
+        sheet.arrow((k + 0.3, 1), (k + 0.3, 1.65), (k, 1.65), (k, 4.5), (k + INSIDE, 4.5))
+        sheet.arrow((k + 0.5, 5), (k + 0.5, 5.5), (1.5, 5.5), (1.5, 6))
+        sheet.arrow((k + 0.5, 3), (k + 0.5, 3.5), (5, 3.5), (5, 5.5), (1.5, 5.5), (1.5, 6))
     return sheet.save(out, "kernels")
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from data import Prediction
 from ibs import ibs_loss, mask_logits, pick_targets
 from lab.kernels import Kernels, add_coordinates, conv
-from lab.masks import enlarge, merge
+from lab.masks import enlarge, mean_probability, merge
 from lab.queries import Queries
 from pq import confusion_ratio, instance_pixels
 
@@ -55,10 +55,10 @@ class UnifiedNet(nn.Module):
     section 4.2 wants of the pairs of ibs.PairedCropSampler. Crops of any other sampler are drawn
     independently, so crop 2 k + 1 is a random partner too. False: any other crop (section 4.1).
     score_threshold, overlap, stuff_area: see `merge`; stuff_area counts pixels at 1024x2048 and is
-    scaled with the image. Kernels uses no cell of less heat than score_threshold.
+    scaled with the image.
 
-    Deviation: the released code has larger weights, see ibs.ibs_loss. For queries its partner is
-    always random, and drawn anew for each layer, even with the sampler of pairs.
+    Deviation: for queries the partner of the released code is always random, and drawn anew for
+    each layer, even with the sampler of pairs.
     Choice: stuff has at least 4096 pixels, as in seamless.py. Deviation: the released code for
     kernels has 2048."""
 
@@ -66,11 +66,13 @@ class UnifiedNet(nn.Module):
                  score_threshold=0.3, overlap=0.5, stuff_area=4096, **settings):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
-        if family is Kernels:
-            settings["score_threshold"] = score_threshold
         self.body = body
         self.encoder = FeatureEncoder(body.channels, channels, family.coordinates)
         self.family = family(isthing, body.channels, channels, **settings)
+        missing = set(self.family.strides) - set(body.strides)
+        if missing:
+            raise ValueError(f"the pyramid has no level of stride {min(missing)}: take strides among "
+                             f"{', '.join(map(str, body.strides))}, or a larger body.extra")
         self.register_buffer("isthing", isthing, persistent=False)
         self.ibs_weight, self.paired = ibs_weight, paired
         self.score_threshold, self.overlap, self.stuff_area = score_threshold, overlap, stuff_area
@@ -80,38 +82,41 @@ class UnifiedNet(nn.Module):
         weight is 0."""
         pyramid = self.body(images)
         features = self.encoder(pyramid).float()
-        losses, embeddings, is_thing = self.family.losses(pyramid, features, targets)
+        losses, layers = self.family.losses(pyramid, features, targets)
         if self.ibs_weight:
-            partner = pick_targets(torch.tensor([t.image_id for t in targets]), paired=self.paired)
-            loss = ibs_loss(embeddings, features, is_thing, targets=partner)
-            losses["ibs"] = self.ibs_weight * loss
+            ids = torch.tensor([t.image_id for t in targets])
+            losses["ibs"] = self.ibs_weight * sum(
+                ibs_loss(embeddings, features, is_thing, pick_targets(ids, paired=self.paired),
+                         weights=weights, pixels=self.family.ibs_pixels)
+                for embeddings, is_thing, weights in layers)
         return losses
 
     @torch.no_grad()
     def predict(self, image, size=None):
         """image [3, H, W] -> Prediction at `size`, the image's own by default.
 
-        `instances` are all things with an embedding, also those that merging drops.
-        Choice: their score is that of their category alone. Deviation: the released code multiplies
-        it by the mean probability in the mask."""
+        `instances` are all things with an embedding, also those that merging drops. Their score is
+        that of their category times the mean probability in their mask, as in the released code.
+        Kernels are merged by it, too; queries by the score of the category alone."""
         size = tuple(size or image.shape[-2:])
         pyramid = self.body(image[None])
         features = self.encoder(pyramid).float()
         embeddings, scores, categories = self.family.embed(pyramid, features)
-        logits = mask_logits(embeddings, features[0])
+        logits, things = mask_logits(embeddings, features[0]), self.isthing[categories]
+        sure = torch.where(things, scores * mean_probability(logits), scores)
+        scores = sure if self.family.rescored else scores
         merged = merge(logits, scores, categories, isthing=self.isthing, size=size,
                        score_threshold=self.score_threshold, overlap=self.overlap,
                        stuff_area=self.stuff_area * size[0] * size[1] / (1024 * 2048))
-        things = self.isthing[categories]
         masks = torch.zeros(int(things.sum()), *size, dtype=torch.bool, device=image.device)
         for mask, x in zip(masks, logits[things]):             # one at a time, as in `merge`
             mask.copy_(enlarge(x, size) > 0)
         return Prediction(*merged, {"masks": masks, "boxes": boxes_of(masks),
-                                    "scores": scores[things], "categories": categories[things]})
+                                    "scores": sure[things], "categories": categories[things]})
 
     def stages(self, fit):
         """One stage for all weights -> [(name, optimiser, steps)]: SGD with Nesterov momentum for
-        kernels; AdamW for queries, with the rate `lr_body` for the ResNet.
+        kernels, or AdamW (fit["adam"]); AdamW for queries, with the rate `lr_body` for the ResNet.
 
         With `decay_norms` false, norms and biases have no weight decay.
         Deviation: the released code for queries spares norms and embeddings in any case."""
@@ -126,7 +131,7 @@ class UnifiedNet(nn.Module):
         # The ResNet comes last: a run's log shows the rate of the first group.
         groups = [dict(params=p, weight_decay=decay, lr=lr)
                   for (_, decay, lr), p in sorted(groups.items(), key=lambda group: group[0][0])]
-        optimiser = (torch.optim.AdamW(groups) if queries else
+        optimiser = (torch.optim.AdamW(groups, fused=True) if queries or fit.get("adam") else
                      torch.optim.SGD(groups, momentum=0.9, nesterov=True))
         return [("all", optimiser, fit["steps"])]
 
