@@ -226,12 +226,13 @@ ANSWERS["ibs", 1] = Answer(
     fail=(OTHERS,), hold=(FOCAL,),
     why="Two crops of one image may show one car, and the loss then asks for its absence.")
 ANSWERS["ibs", 2] = Answer(
-    change=(("if target >= 0 and thing.any():\n            x = mask_logits(e[thing],",
-             "if target >= 0 and len(e):\n            x = mask_logits(e,"),),
+    change=(("        if target >= 0 and thing.any():",
+             "        thing = torch.ones_like(thing)\n        if target >= 0 and thing.any():"),
+            ("weights or [thing.float() for", "weights or [torch.ones(len(thing)) for")),
     fail=(FOCAL,), hold=(MEAN, OTHERS),
     why="Nearly every crop shows road: it is wrong to ask that no other crop does.")
 ANSWERS["ibs", 3] = Answer(
-    change=(("x = mask_logits(e[thing], f", "x = mask_logits(e[thing].mean(0, keepdim=True), f"),),
+    change=(("mask_logits(e[thing], f", "mask_logits(e[thing].mean(0, keepdim=True), f"),),
     fail=(MEAN,), hold=(OTHERS,),
     why="The mean of 10 and -30 is -10, which looks innocent: what one embedding claims is lost.")
 

@@ -16,11 +16,11 @@ from lab import methods, worlds
 
 SMALL = {"seamless": ["model.rois=16", "model.proposals=20"],
          "two": ["model.rois=16", "model.proposals=20"],
-         "maskrcnn": ["model.rois=16", "model.proposals=20"],
+         "maskrcnn": ["model.rois=16", "model.proposals=20", "model.anchor_scale=2"],
          "affinity": ["model.rois=16", "model.proposals=20", "model.channels=8"],
          "adaptis": ["model.window=(64, 96)", "model.points=2", "model.width=8",
                      "model.patience=3", "model.per_round=3"],
-         "ibs": ["model.channels=8"], "queries": ["model.channels=8", "model.queries=5"]}
+         "ibs": ["model.channels=8", "model.width=8"], "queries": ["model.channels=8", "model.queries=5"]}
 METHODS = list(methods.METHODS)
 
 
