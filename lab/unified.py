@@ -71,7 +71,7 @@ class UnifiedNet(nn.Module):
         self.family = family(isthing, body.channels, channels, **settings)
         missing = set(self.family.strides) - set(body.strides)
         if missing:
-            raise ValueError(f"the pyramid has no level of stride {min(missing)}: take strides among "
+            raise ValueError(f"the pyramid has no level of stride {min(missing)}: take strides of "
                              f"{', '.join(map(str, body.strides))}, or a larger body.extra")
         self.register_buffer("isthing", isthing, persistent=False)
         self.ibs_weight, self.paired = ibs_weight, paired
