@@ -20,7 +20,8 @@ SMALL = {"seamless": ["model.rois=16", "model.proposals=20"],
          "affinity": ["model.rois=16", "model.proposals=20", "model.channels=8"],
          "adaptis": ["model.window=(64, 96)", "model.points=2", "model.width=8",
                      "model.patience=3", "model.per_round=3"],
-         "ibs": ["model.channels=8", "model.width=8"], "queries": ["model.channels=8", "model.queries=5"]}
+         "ibs": ["model.channels=8", "model.width=8"],
+         "queries": ["model.channels=8", "model.queries=5"]}
 METHODS = list(methods.METHODS)
 
 
