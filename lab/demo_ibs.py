@@ -23,7 +23,7 @@ from pq import PanopticQuality, confusion_ratio
 
 # Choice: the crop is as large a share of the image as 640x1280 is of Cityscapes'.
 CROP, SCALE, BATCH = (80, 160), (0.8, 1.25), 6
-WEIGHT = 2.0                                                   # of IBS, chosen on the val split
+WEIGHT = RECIPES["ibs", "parking"]["model"]["ibs_weight"]
 # Name: mode of the sampler, weight of IBS, and the paper's PQ_th, Acc_th, Prec_th (Table 3).
 ROWS = {"full images": ("full", 0.0, "29.8  73.8  80.8"),
         "crops": ("uniform", 0.0, "31.8  74.7  77.9"),
