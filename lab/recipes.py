@@ -12,14 +12,16 @@ RECIPES = {}
 
 # --- Seamless (Porzi et al. 2019, 2021) ---------------------------------------------------------
 # Choice: a short training from scratch. So AdamW instead of SGD; anchors learn a thing from an IoU
-# of 0.5 on; crops have one scale, that of test images, and any place: ISUS was no better on val.
+# of 0.5 on; crops have one scale, that of test images, and any place: ISUS was no better on val
+# (`--sampler isus` draws scales of 0.8 to 1.25).
 # Anchors have many aspect ratios, as for Vistas (5.3), and sides of four strides: toy images
 # have 256x512 pixels, a quarter of the real size. RESULTS.md has the tries, of one seed.
 RECIPES["seamless", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(box_loss="cabb", anchor_scale=4, ratios=(0.2, 0.5, 1, 2, 5), positive=0.5,
                rois=64, proposals=100, window=16),
-    crops=dict(mode="uniform", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
+    crops=dict(mode="uniform", size=(192, 384), scale=(1.0, 1.0), scale_things=(0.8, 1.25),
+               jitter=0.1),
     fit=dict(batch=4, steps=950, lr=0.002, adam=True, decay=0.05, warmup=50, cosine=True))
 
 RECIPES["two", "street"] = RECIPES["seamless", "street"]       # lab/two.py
