@@ -82,10 +82,9 @@ def pick_targets(image_ids, generator=None, paired=False):
     image_ids int64 [B]: the image that each crop comes from. tgt_i is drawn uniformly among the
     crops of OTHER images; -1 where there is none. All ids alike: IBS is off. paired: 2k and 2k + 1
     come as a pair (section 4.2), and each is the target of the other, if their images differ.
-    Deviation: the paper takes any other crop, and so does the released code. Two crops of one image
-    may share an object, and its mask is not empty. The paper expects this to be rare with many
-    images; a small data set shows an image twice in a batch more often.
-    Choice: each process of a distributed training uses its own crops, as in the released code."""
+    Deviation: the paper and the released code take any other crop. Two crops of one image may share
+    an object, and its mask is not empty. The paper expects this to be rare with many images.
+    Choice: each process of a training uses its own crops, as in the released code."""
     allowed = image_ids[:, None] != image_ids                  # [B, B]: may j be the target of i?
     if paired:
         pair = torch.arange(len(image_ids), device=image_ids.device) // 2
@@ -182,32 +181,33 @@ class PairedCropSampler(IterableDataset):
     short_side          the length of an image's shorter side before sigma; 0: as it is
     scale               limits of sigma, the factor by which step 4 resizes
     flip, jitter, hue   probability of a mirror image; see data.colour_jitter
+    stuff               draw segments of stuff, too, as the released code does
+    measure             the size of a segment: the root of the area of its "mask", or of its "box"
     batch               crops of each batch that this process receives, an even number
     start, rank, world  number of the first batch; which of how many processes this is
 
     Pair p depends on (seed, p) alone. Batch b consists of the pairs b n to (b + 1) n - 1 with
     n = batch * world / 2; process `rank` receives every `world`-th of them.
-    ValueError: an odd batch, no range of scales, or no thing category that occurs in two images.
+    ValueError: an odd batch, no range of scales, or no category that occurs in two images.
 
-    Choice: things only, as only these are supervised, and no crowds. Deviation: the released code
-    draws stuff and crowds too, may draw one image twice, and limits the sides of resized images.
-    Choice: the size of a segment is the root of its area. The released code takes the root of the
-    area of its box, and draws the common size from 32, 64, 128, 256 and 512 pixels.
+    Choice: no crowds; things only, as only these are supervised, and the size of their masks.
+    Released code: stuff, crowds and boxes; it may draw one image twice, limits the sides of resized
+    images, and draws the common size from 32, 64, 128, 256 and 512 pixels.
     Choice: a segment that fits is wholly in its crop. Released code: only the centre of its box."""
 
     def __init__(self, dataset, index, size, short_side=0, scale=(0.5, 2.0), flip=0.5, jitter=0.0,
-                 hue=0.0, batch=2, seed=0, start=0, rank=0, world=1):
+                 hue=0.0, stuff=False, measure="mask", batch=2, seed=0, start=0, rank=0, world=1):
         if batch < 2 or batch % 2:
             raise ValueError(f"{batch} crops a process are not made of pairs; take an even number")
         if not 0 < scale[0] <= scale[1] < math.inf:
             raise ValueError(f"scale = {scale} must be two positive factors, the smaller first")
         self.categories = [c for c, category in enumerate(dataset.categories)
-                           if category.isthing and len(index.images_with(c)) > 1]
+                           if (stuff or category.isthing) and len(index.images_with(c)) > 1]
         if not self.categories:
             raise ValueError("no category of things occurs in two images; use another sampler")
         self.dataset, self.index, self.size, self.limits = dataset, index, tuple(size), scale
         self.short_side, self.flip, self.jitter, self.hue = short_side, flip, jitter, hue
-        self.pairs, self.seed, self.start = batch // 2, seed, start
+        self.pairs, self.seed, self.start, self.measure = batch // 2, seed, start, measure
         self.rank, self.world = rank, world
 
     def pair(self, p):
@@ -225,12 +225,13 @@ class PairedCropSampler(IterableDataset):
         return [self.crop(*part, sigma=s, generator=g) for part, s in zip((part_1, part_2), sigmas)]
 
     def choose(self, image, category, generator):
-        """Step 3: a random segment of the category -> its size (the root of its area, in pixels),
-        then image, sample, row in the Index, and the factor that `short_side` asks for."""
+        """Step 3: a random segment of the category -> its size (pixels, see `measure`), image,
+        sample, row in the Index, and the factor that `short_side` asks for."""
         rows = self.index.rows(image, category)
         row, sample = int(rows[pick(len(rows), generator)]), self.dataset[image]
         factor = self.short_side / min(sample.segments.shape) if self.short_side else 1.0
-        area = int((sample.segments == self.index.segment[row]).sum())
+        area = {"mask": (sample.segments == self.index.segment[row]).sum(),
+                "box": self.index.box[row].view(2, 2).diff(dim=0).prod()}[self.measure].item()
         return factor * area ** 0.5, image, sample, row, factor
 
     def crop(self, image, sample, row, factor, sigma, generator):
@@ -272,8 +273,7 @@ class MinimalNet(nn.Module):
     """The smallest unified network: it is told the box of each thing and answers with its mask.
 
     Convolutions make two maps at stride 4: features F, and a kernel at each pixel. The embedding of
-    a thing is the kernel at the middle of its box. Panoptic FCN finds these places itself and has
-    embeddings for stuff too, see lab/kernels.py. H and W are multiples of 4.
+    a thing is the kernel at the middle of its box. H and W are multiples of 4.
 
     The lines that end in IBS are all that a network of your own needs. Give `ibs_loss` each
     embedding of inference, not a mean (exercise 3)."""

@@ -73,7 +73,7 @@ RANGES = {
     "crops.size": whole(1, 16384, count=2), "crops.short_side": whole(0, 16384),
     "crops.scale": number(0.01, 100, count=2), "crops.scale_things": number(0.01, 100, count=2),
     "crops.canonical": whole(1, 16384), "crops.flip": number(0, 1), "crops.jitter": number(0, 1),
-    "crops.hue": number(0, 0.5),
+    "crops.hue": number(0, 0.5), "crops.measure": ("mask", "box"),
     # The backbone
     "body.name": ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     "body.width": whole(4, 4096), "body.extra": whole(0, 4), "body.frozen": whole(0, 5),

@@ -281,6 +281,13 @@ def test_the_segments_of_a_pair_have_a_similar_size():
         close(lengths[180, p] / lengths[0, p], 2, rel=0.12)
 
 
+@pytest.mark.parametrize("measure", ["mask", "box"])
+def test_stuff_is_drawn_if_asked_for_and_all_roads_have_a_box_of_one_size(measure):
+    pairs = map(sampler(seed=2, stuff=True, measure=measure).pair, range(40))
+    roads = [(a, b) for (_, a), (_, b) in pairs if a.categories[a.instance - 1] == 0]
+    assert len(roads) > 5 and all((a.scale == b.scale) == (measure == "box") for a, b in roads)
+
+
 def test_jitter_and_hue_change_colours_only():
     (plain, a), _ = sampler(seed=2).pair(0)
     for how in (dict(jitter=0.3), dict(hue=0.2)):
