@@ -41,6 +41,7 @@ class Queries(nn.Module):
 
     isthing: bool [categories]; c_in: channels of the pyramid; channels: C of the embeddings, a
     multiple of `heads` and of 4. queries: N. layers, heads: of the attention.
+    strides: of the pyramid's levels that the layers read in turn.
     no_object: weight of queries without a segment in the loss "class".
     weights: of "class", "mask" (cross entropy) and "dice", in losses and in matching alike.
     points: pixels of each mask that intra-batch supervision reads; see `ibs_pixels`.
@@ -54,17 +55,16 @@ class Queries(nn.Module):
     the whole image before the queries read it.
     Deviation: its losses and its matching see 12,544 points of each mask, here all known cells at
     stride 4."""
-    strides = (32, 16, 8)  # of the layers in turn
     coordinates = False    # of the feature encoder: queries have `sine`
     rescored = False       # merging needs the score of the category alone
     outside = False        # do segments outside of the crop need a query? See lab/outside.py
 
-    def __init__(self, isthing, c_in, channels, queries=100, layers=3, heads=8, no_object=0.1,
+    def __init__(self, isthing, c_in, channels, strides=(32, 16, 8), queries=100, layers=3, heads=8, no_object=0.1,
                  weights=(2.0, 5.0, 5.0), points=12544, things_only=False):
         super().__init__()
         if channels % heads or channels % 4:
             raise ValueError(f"channels={channels} must be a multiple of heads={heads} and of 4")
-        c = channels
+        self.strides, c = tuple(strides), channels
         weight = torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])])
         self.register_buffer("isthing", isthing, persistent=False)
         self.register_buffer("class_weight", weight, persistent=False)

@@ -96,7 +96,7 @@ RANGES = {
     "ibs.positions": whole(1, 4096), "ibs.similarity": number(-1, 1),
     "ibs.detections": whole(1, 65536), "ibs.weights": number(0, count=2),
     "queries.points": whole(1), "queries.weights": number(0, count=3),
-    "queries.queries": whole(1, 65536),
+    "queries.strides": whole(4, 128, count="some"), "queries.queries": whole(1, 65536),
     "queries.heads": whole(1, 4096), "queries.no_object": number(0, 1),
 }
 

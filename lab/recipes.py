@@ -258,11 +258,12 @@ RECIPES["affinity", "parking"] = dict(
     fit=dict(batch=6, steps=1280, lr=0.04, warmup=50, drops=(0.6, 0.85), interval=100))
 
 # --- Intra-batch supervision (de Geus and Dubbelman 2023), embeddings from kernels ---------------
-# Choice: the street's schedule of Seamless.
+# Choice: the street's schedule of Seamless. Levels as fine as toy images are small, and heads of two
+# layers of 64 channels.
 RECIPES["ibs", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(strides=(4, 8, 16, 32), layers=2, width=64, channels=64, ibs_weight=1.0,
-               score_threshold=0.3, overlap=0.5),
+    model=dict(strides=(4, 8, 16, 32), layers=2, width=64, channels=64, ibs_weight=4.0,
+               score_threshold=0.2, overlap=0.5),
     crops=dict(mode="paired", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
     fit=dict(batch=4, steps=950, lr=0.002, adam=True, decay=0.05, warmup=50, cosine=True))
 
@@ -303,10 +304,12 @@ RECIPES["ibs", "parking"] = dict(
              interval=100))
 
 # --- Intra-batch supervision, embeddings from queries --------------------------------------------
-# Choice: the street's schedule of Seamless, with AdamW.
+# Choice: the street's schedule of Seamless. Levels as fine as toy images are small; of the 4,608
+# cells of a crop, 1,764 for intra-batch supervision, as many as 12,544 of Cityscapes' 32,768.
 RECIPES["queries", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(channels=64, ibs_weight=1.0, score_threshold=0.5, overlap=0.5, queries=60),
+    model=dict(channels=64, strides=(16, 8, 4), queries=60, points=1764, ibs_weight=1.0,
+               score_threshold=0.5, overlap=0.5),
     crops=dict(mode="paired", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
     fit=dict(batch=4, steps=950, lr=0.002, lr_body=0.002, warmup=50, cosine=True, clip=1.0,
              decay=0.05))
@@ -336,7 +339,8 @@ RECIPES["queries", "coco"] = dict(
 
 RECIPES["queries", "parking"] = dict(
     body=dict(name="tiny", width=64),
-    model=dict(channels=64, ibs_weight=2.0, score_threshold=0.5, overlap=0.5, queries=60),
+    model=dict(channels=64, strides=(16, 8, 4), queries=60, points=306, ibs_weight=2.0,
+               score_threshold=0.5, overlap=0.5),
     crops=dict(mode="paired", size=(80, 160), scale=(0.8, 1.25)),
     fit=dict(batch=6, steps=1280, lr=0.001, lr_body=0.001, warmup=50, drops=(0.65, 0.9),
              clip=1.0, decay=0.05, interval=100))

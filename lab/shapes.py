@@ -233,8 +233,10 @@ def unified_net(model, name):
     """The pass of a UnifiedNet, untrained if None -> model, calls, the boxes of every family."""
     if model is None:                                          # untrained: whatever it finds
         names = [c.isthing for c in world("parking", "test", 1).categories]
-        settings = {**RECIPES["ibs" if name == "kernels" else name, "parking"]["model"],
-                    "score_threshold": 0.0}
+        settings = RECIPES["ibs" if name == "kernels" else name, "parking"]["model"]
+        settings = {**settings, "score_threshold": 0.0}
+        if name == "queries":
+            settings["strides"] = (32, 16, 8)                  # as for real images
         model = getattr(unified, name)(names, resnet_fpn("tiny", 64), **settings)
     scenes = world("parking", "test", 1)
     model, image = model.cpu().eval(), scenes[0].image
