@@ -65,20 +65,28 @@ class LevelTruth(NamedTuple):
     known: torch.Tensor    # float [h, w], 1 where a cell is neither void nor crowd
 
 
-def gaussian_bumps(boxes, image_size, size):
-    """A Gaussian at the middle of each box, on a map of `size` (h, w) of an image of `image_size`
-    (H, W): boxes [n, 4] in pixels -> [n, h, w].
+def gaussian_bumps(cells, boxes, image_size):
+    """A Gaussian for each thing, on a map of its cells bool [n, h, w] of an image of `image_size`
+    (H, W); boxes [n, 4] in pixels -> [n, h, w].
 
-    It is 1 in the cell of the middle. Its sigma is a twelfth of the width across and a twelfth of
-    the height down, at least 0.4 cells.
-    Deviation: the released code centres it at the mask's centroid. Its radius r is the largest
-    shift at which boxes still overlap by 0.7, and sigma is (2 r + 1) / 3."""
-    cells = boxes.new_tensor([size[1] / image_size[1], size[0] / image_size[0]])   # in a pixel
-    middle = ((boxes[:, :2] + boxes[:, 2:]) / 2 * cells).floor()
-    sigma = ((boxes[:, 2:] - boxes[:, :2]) / 12 * cells).clamp(min=0.4)
-    y, x = (torch.arange(n, device=boxes.device) for n in size)
-    across = torch.exp(-((x - middle[:, :1]) / sigma[:, :1]) ** 2 / 2)    # [n, w]
-    down = torch.exp(-((y - middle[:, 1:]) / sigma[:, 1:]) ** 2 / 2)      # [n, h]
+    It is 1 in the thing's own cell that is nearest to the centroid of its cells: there inference
+    takes the kernel. A thing without a cell has its top at the middle of its box. Sigma is a
+    twelfth of the width across and a twelfth of the height down, at least 0.4 cells.
+    Deviation: the released code takes the centroid, also where another thing lies there: on the toy
+    street every twelfth kernel at stride 4. Its radius r is the largest shift at which boxes still
+    overlap by 0.7, and sigma is (2 r + 1) / 3."""
+    (h, w), device = cells.shape[1:], boxes.device
+    scale = boxes.new_tensor([w / image_size[1], h / image_size[0]])      # cells in a pixel
+    y, x = (torch.arange(n, device=device, dtype=torch.float) for n in (h, w))
+    area = cells.sum((1, 2))
+    middle = ((boxes[:, :2] + boxes[:, 2:]) / 2 * scale).floor()
+    centroid = torch.stack([cells.float().sum(1) @ x, cells.float().sum(2) @ y], 1) / area[:, None]
+    goal = torch.where(area[:, None] > 0, centroid, middle)
+    far = (y[:, None] - goal[:, 1, None, None]) ** 2 + (x - goal[:, 0, None, None]) ** 2
+    top = far.masked_fill(~cells & (area > 0)[:, None, None], torch.inf).flatten(1).argmin(1)
+    sigma = ((boxes[:, 2:] - boxes[:, :2]) / 12 * scale).clamp(min=0.4)
+    across = torch.exp(-((x - (top % w)[:, None]) / sigma[:, :1]) ** 2 / 2)          # [n, w]
+    down = torch.exp(-((y - (top // w)[:, None]) / sigma[:, 1:]) ** 2 / 2)           # [n, h]
     return down[:, :, None] * across[:, None]
 
 
@@ -137,8 +145,8 @@ class Kernels(nn.Module):
             here = here & ((side < 16 * stride) | (k == len(sizes) - 1))
             things = torch.where(thing & here & ~target.crowd)[0]
             stuff = torch.where(~thing & ~target.crowd & masks.flatten(1).any(1))[0]
-            bumps = gaussian_bumps(target.boxes[things], target.segments.shape, size)
             cells = masks[things] > 0
+            bumps = gaussian_bumps(cells, target.boxes[things], target.segments.shape)
             cells = cells | (bumps == 1) & ~cells.flatten(1).any(1)[:, None, None]
             names = target.categories[torch.cat([things, stuff])][:, None, None].expand(-1, *size)
             heat = masks.new_zeros(n, *size).scatter_reduce(
@@ -170,7 +178,7 @@ class Kernels(nn.Module):
         """The kernels of the n things of one level: those of the cells of most heat among the
         thing's own `cells`, `positions` at most -> weights [n, k] in proportion to p, which add up
         to 1, and are 0 for cells that are not the thing's; kernels [n, k, C]."""
-        p = heat[categories].sigmoid() * cells
+        p = heat[categories].sigmoid().clamp(min=1e-4) * cells
         weight, cell = p.flatten(1).topk(min(self.positions, heat[0].numel()))
         return weight / weight.sum(1, keepdim=True), kernels.flatten(1).T[cell]
 
@@ -232,10 +240,10 @@ class Kernels(nn.Module):
         for heat, kernel in self.maps(pyramid):
             p, kernels = heat[0].sigmoid(), kernel[0].flatten(1).T        # [.., h, w], [hw, C]
             mean = F.avg_pool2d(p[None], 3, 1, padding=1, count_include_pad=False)[0]
-            smooth = ((p + mean) / 2)[things]
+            smooth = (p + mean) / 2
             top = (smooth > self.peak) & (smooth == F.max_pool2d(smooth[None], 3, 1, padding=1)[0])
-            row, cell = torch.where(top.flatten(1))
-            peaks.append((kernels[cell], smooth.flatten(1)[row, cell], things[row]))
+            row, cell = torch.where(top[things].flatten(1))
+            peaks.append((kernels[cell], smooth[things].flatten(1)[row, cell], things[row]))
             winner = torch.cat([p[stuff], p[-1:]]).argmax(0).flatten()
             for k, c in enumerate(stuff.tolist()):
                 inside = winner == k
