@@ -8,8 +8,8 @@ Panoptic Segmentation", CVPR 2021), one of the two networks that ibs.py is tried
 A peak of the heat of a thing category is one object, and the kernel of its cell is the embedding.
 Stuff has one embedding for each category: the mean kernel of its region.
 
-Levels, kernels, losses and inference are those of the released code of de Geus and Dubbelman, which
-builds on Panoptic FCN's. Where it does something else, a line `Deviation:` says so.
+This follows the released code of de Geus and Dubbelman, which builds on Panoptic FCN's. Where that
+does something else, a line `Deviation:` says so.
 """
 import math
 from typing import NamedTuple
@@ -57,11 +57,13 @@ def mask_loss(logits, truth, known):
 
 class LevelTruth(NamedTuple):
     """What one level should show of a crop. Rows are those of the target."""
-    things: torch.Tensor   # int64 [n], the rows of the things that belong to this level
+    things: torch.Tensor   # int64 [n], the rows of the things that belong to this level, no crowds
     cells: torch.Tensor    # bool [n, h, w], their cells, never none
-    stuff: torch.Tensor    # int64 [m], the rows of stuff that have a cell
+    stuff: torch.Tensor    # int64 [m], the rows of stuff that have a cell, no crowds
     regions: torch.Tensor  # float [m, h, w], their cells: 0 or 1
-    heat: torch.Tensor     # float [categories + 1, h, w], the truth of the heat
+    # The truth of the heat, float [categories + 1, h, w]: the largest bump of this level's things;
+    # the cells of stuff; last, for "a thing", the cells of things, also of those of other levels.
+    heat: torch.Tensor
     known: torch.Tensor    # float [h, w], 1 where a cell is neither void nor crowd
 
 
@@ -106,9 +108,12 @@ class Kernels(nn.Module):
 
     Defaults are the released code's for Cityscapes. It has 3 positions and a cosine of 0.95 for
     Vistas, and 64 channels and a cosine of 0.9 for COCO.
+    Choice: a cell is a segment's if its centre is. Released: if a tenth of it is, for things.
     Choice: heat has an entry "a thing" after those of the categories. There no stuff wins. The
     released code has it for Vistas; for Cityscapes all categories compete with stuff.
-    Deviation: its position head has deformable convolutions."""
+    Deviation: its position head has deformable convolutions, and things and stuff have output
+    layers of their own. It takes 100 peaks of each level, of a heat above 0.01, and drops things of
+    a score below 0.05 after the masks; here `peak` is 0.05."""
     coordinates = True  # of the feature encoder, as in Panoptic FCN
     peak, region = 0.05, 0.1  # the least heat of a peak; the least mean heat of a stuff region
     rescored = True     # the score of a thing is multiplied by the mean probability in its mask
@@ -162,8 +167,9 @@ class Kernels(nn.Module):
             -(1 - p_t)^2 (0.25 y log p + 0.75 (1 - y) log(1 - p)),    roughly: see torchvision
 
         Things: the sum over all cells / the number of pairs of a thing and a level. Stuff and "a
-        thing": the mean over the cells of a level, summed over entries and levels. Void and crowd
-        cells teach nothing, except where a bump has its top."""
+        thing": the mean over the cells of a level, summed over entries and levels.
+        Deviation: void and crowd cells teach nothing, except where a bump has its top. The released
+        code counts pairs over the batch."""
         things, stuff = heat[0].new_zeros(()), heat[0].new_zeros(())
         for x, level in zip(heat, truth):                      # [categories + 1, h, w]
             loss = sigmoid_focal_loss(x, level.heat, alpha=0.25, gamma=2)
@@ -184,7 +190,7 @@ class Kernels(nn.Module):
 
     def stuff_kernels(self, kernels, regions):
         """The kernel of each of m regions of one level, the mean of its cells -> weights [m, 1], of
-        1, and kernels [m, 1, C]."""
+        1, and kernels [m, 1, C]. Deviation: the released code divides the sum by all cells."""
         with torch.autocast(kernels.device.type, enabled=False):          # sums over all cells
             total = regions.flatten(1) @ kernels.flatten(1).T
         mean = total / regions.flatten(1).sum(1, keepdim=True)
@@ -197,8 +203,8 @@ class Kernels(nn.Module):
         "position" is a mean over crops. Every kernel has a mask of its own. The mask of a thing on
         a level costs the weighted mean of what its kernels cost. "mask" is the mean over pairs of a
         thing and a level, plus that over pairs of a stuff segment and a level.
-        Intra-batch supervision gets every kernel, with these weights.
-        Choice: its weights have no gradient, so that it teaches masks alone."""
+        Intra-batch supervision gets every kernel, with these weights; some have a weight of 0.
+        Deviation: these weights have no gradient there, so that it teaches masks alone."""
         maps = self.maps(pyramid)
         position, costs, crops = [], ([], []), []
         for b, target in enumerate(targets):
@@ -234,7 +240,8 @@ class Kernels(nn.Module):
         is averaged with the mean over 3x3 cells before. The best `detections` are fused.
         Stuff: in each level a cell belongs to the stuff category of most heat, or to "a thing". A
         category whose cells have a mean heat above `region` has their mean kernel; of these, over
-        levels, the mean again."""
+        levels, the mean again. Its score is the mean heat, and the mean over levels.
+        Deviation: the released code takes the mean over 5x5 cells on the two coarsest levels."""
         things, stuff = torch.where(self.isthing)[0], torch.where(~self.isthing)[0]
         peaks, total = [], {}
         for heat, kernel in self.maps(pyramid):
@@ -266,7 +273,8 @@ def fuse_kernels(kernels, scores, categories, similarity=0.97):
 
     One after the other, a kernel joins the best object of its category whose first kernel has a
     cosine above `similarity` with it, or becomes an object by itself. An object has the mean of its
-    kernels and the score of the first. A kernel that has joined another cannot absorb others."""
+    kernels and the score of the first. A kernel that has joined another cannot absorb others.
+    Deviation: in the released code it can, and these are lost."""
     unit = F.normalize(kernels, dim=1)
     alike = (unit @ unit.T > similarity) & (categories[:, None] == categories)
     leader = []                                                # the first kernel of each's object

@@ -153,7 +153,8 @@ class Queries(nn.Module):
 
         As Mask2Former samples them: the three quarters of `points` with logits nearest to 0 among
         3 `points` random pixels, and a quarter at random. All pixels, if there are no more.
-        Choice: pixels; Mask2Former takes places between them, by interpolation."""
+        Choice: pixels; Mask2Former takes places between them, by interpolation. Choice: the quarter
+        is a part of the 3 `points`."""
         n, pixels = self.points, logits.shape[1]
         if pixels <= n:
             return logits

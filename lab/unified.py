@@ -57,8 +57,8 @@ class UnifiedNet(nn.Module):
     score_threshold, overlap, stuff_area: see `merge`; stuff_area counts pixels at 1024x2048 and is
     scaled with the image.
 
-    Deviation: for queries the partner of the released code is always random, and drawn anew for
-    each layer, even with the sampler of pairs.
+    Each layer of queries draws its partners anew. Deviation: the released code for queries always
+    draws them, even with the sampler of pairs.
     Choice: stuff has at least 4096 pixels, as in seamless.py. Deviation: the released code for
     kernels has 2048."""
 

@@ -59,10 +59,10 @@ def kernels(*names, heat=None, **how):
 
 
 @pytest.mark.parametrize("name, want", [
-    ("street", [3.532, 11.677, 1.554, 6.566, 14.818, 20, 147.340, 0.301, 10]),
-    ("stuff", [3.336, 11.251, 1.865, 6.149, 16.182, 16, 104.693, 0.322, 0]),
-    ("things", [3.967, 11.083, 1.549, 6.604, 15.211, 14, 110.248, 0.318, 11]),
-    ("one pixel", [2.827, 11.311, 1.009, 5.968, 12.853, 11, 83.307, 0.313, 1])])  # without a cell
+    ("street", [3.298, 11.677, 1.532, 6.566, 14.818, 20, 147.340, 0.301, 10]),
+    ("stuff", [3.105, 11.251, 1.829, 6.149, 16.182, 16, 104.693, 0.322, 0]),
+    ("things", [3.733, 11.083, 1.484, 6.604, 15.211, 14, 110.248, 0.318, 11]),
+    ("one pixel", [2.596, 11.311, 0.980, 5.968, 12.853, 11, 83.307, 0.313, 1])])  # without a cell
 def test_kernels_cost_what_loops_over_cells_said(name, want):
     """Losses; gradients of heat, kernels, features; weights, kernels; IBS; things; embed."""
     heat = [(randn(20 + n, 2, 5, *s) * 2 - 3.5).requires_grad_() for n, s in enumerate(SIZES)]
@@ -84,12 +84,11 @@ def test_embeddings_of_stuff_agree_between_training_and_inference(name):
     torch.testing.assert_close(found[~ISTHING[c]], mean @ e[0][~thing[0]] / mean.sum(1)[:, None])
 
 
-@pytest.mark.parametrize("name, alone", [("street", 1), ("void between", 0), ("things", 0)])
-def test_every_kernel_that_inference_can_use_is_supervised(name, alone):
-    """All but `alone`: the middle of a box may lie in a cell that is not the thing's."""
+@pytest.mark.parametrize("name", ["street", "void between", "things"])
+def test_every_kernel_that_inference_can_use_is_supervised(name):
     (x, _, c), maps, f, levels, _, [(e, thing, w)] = kernels(name, positions=32, similarity=1.0)
     taught = (x[ISTHING[c], None] == e[0][thing[0] & (w[0] > 0)]).all(2).any(1)
-    assert len(taught) == sum(len(level.things) for level in levels) == taught.sum() + alone
+    assert taught.all() and len(taught) == sum(len(level.things) for level in levels)
     ibs.ibs_loss(e, f, thing, torch.tensor([1]), weights=w).backward()     # on another crop
     for x, level in zip(maps, levels):
         assert torch.equal(x.grad[0].any(0), level.cells.any(0))
