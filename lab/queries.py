@@ -59,8 +59,8 @@ class Queries(nn.Module):
     rescored = False       # merging needs the score of the category alone
     outside = False        # do segments outside of the crop need a query? See lab/outside.py
 
-    def __init__(self, isthing, c_in, channels, strides=(32, 16, 8), queries=100, layers=3, heads=8, no_object=0.1,
-                 weights=(2.0, 5.0, 5.0), points=12544, things_only=False):
+    def __init__(self, isthing, c_in, channels, strides=(32, 16, 8), queries=100, layers=3, heads=8,
+                 no_object=0.1, weights=(2.0, 5.0, 5.0), points=12544, things_only=False):
         super().__init__()
         if channels % heads or channels % 4:
             raise ValueError(f"channels={channels} must be a multiple of heads={heads} and of 4")

@@ -258,7 +258,7 @@ RECIPES["affinity", "parking"] = dict(
     fit=dict(batch=6, steps=1280, lr=0.04, warmup=50, drops=(0.6, 0.85), interval=100))
 
 # --- Intra-batch supervision (de Geus and Dubbelman 2023), embeddings from kernels ---------------
-# Choice: the street's schedule of Seamless. Levels as fine as toy images are small, and heads of two
+# Choice: the street's schedule of Seamless. Levels as fine as toy images are small; heads of two
 # layers of 64 channels.
 RECIPES["ibs", "street"] = dict(
     body=dict(name="small", width=64, extra=2),

@@ -79,8 +79,7 @@ def test_the_readmes_method_trains_as_printed_and_is_compared(tmp_path, monkeypa
     finally:
         del recipes.RECIPES["mine", "street"], sys.modules["mine"]
     rows = json.loads((tmp_path / "c" / "compare.json").read_text())["equal images"]
-    text = capsys.readouterr().out
-    assert list(rows) == ["seamless", "mine"] and "\nmine        " in text
+    assert list(rows) == ["seamless", "mine"] and "\nmine        " in capsys.readouterr().out
     for method, folder in (("seamless", "c/seamless-1-0"), ("mine", "c/mine-1-0"), ("mine", "run")):
         metrics = json.loads((tmp_path / folder / "metrics.json").read_text())
         found = metrics["PQ"], metrics["run"]["settings"]["method"]

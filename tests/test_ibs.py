@@ -93,14 +93,12 @@ def test_a_planted_confusion_costs_and_its_gradient_separates_both_sides():
 
 
 def test_the_mean_of_two_kernels_hides_what_one_of_them_costs():
-    """Exercise 3: on a feature of 1, kernels of 10 and -30."""
     kernels, features = torch.tensor([[10.0], [-30.0]]), torch.ones(2, 1, 1, 1)
     for e, cost in ((kernels, 3.75), (kernels.mean(0, keepdim=True), 7e-14)):
         close(ibs.ibs_loss([e, e], features, [torch.ones(len(e)).bool()] * 2, PAIR), cost, rel=0.05)
 
 
 def test_an_extreme_logit_has_a_finite_gradient_whatever_gamma_is():
-    """sigmoid(-120) is 0 in float32, and 0 ** (gamma - 1) is infinite for gamma below 1."""
     for gamma, x in itertools.product((0.0, 0.5, 1.0, 2.0), (-120.0, 0.0, 120.0)):
         e, true = torch.tensor([[x]], requires_grad=True), torch.tensor([True])
         ibs.ibs_loss([e, e], torch.ones(2, 1, 1, 1), [true] * 2, PAIR, gamma=gamma).backward()

@@ -1,11 +1,11 @@
-"""The spec of how one GPU is fed: a batch in parts, decoded images on disk, memory foretold."""
+"""The spec of how one GPU is fed: a batch in parts, decoded images on disk."""
 import os
 
 import pytest
 import torch
 
 import train
-from lab import cache, memory, runs
+from lab import cache, runs
 from lab.readers import Cityscapes
 from test_readers import IDS, tree
 from test_train import SMALL
@@ -69,19 +69,3 @@ def test_decoded_images_are_kept_until_their_files_change(tmp_path, monkeypatch,
     check(4)
     check(5)
     assert not os.listdir(tmp_path / "c") and capsys.readouterr().err.count("decoded at each") == 1
-
-
-def test_memory_is_what_is_alive_at_once_and_a_line_in_batch_and_pixels():
-    x = torch.zeros(1000)
-    with memory.Alive([x]) as alive:
-        y = x.view(10, 100) * 2 + 1                            # x, the product, the sum
-        assert alive.now == 8000
-    line = memory.Line(2e9, 3e8, 1000.)
-    peaks = [line.bytes(n, p) for n, p in ((1, 900), (2, 900), (2, 400))]
-    assert alive.peak == 12000 and len(y) == 10
-    assert memory.line_through(*peaks, pixels=(400, 900)) == pytest.approx(line)
-    most = line.largest(12, 10 ** 6)                           # 9.8 GiB: 8.52e9 / 1.3e9 crops
-    assert most == 6 and line.parts(12, 10 ** 6, 16) == 4 and line.parts(1, 10 ** 6, 16) is None
-    other = memory.rescaled(dict(batch=16, lr=.01, lr_body=0., steps=48000, warmup=200), 4)
-    assert other == dict(batch=4, lr=.0025, steps=192000, warmup=800)
-    assert memory.rescaled(dict(batch=16, lr=.01), 4, adam=True)["lr"] == pytest.approx(.005)

@@ -58,16 +58,6 @@ def test_two_recipes_are_compared_seed_by_seed(tmp_path, capsys):
     assert "box AP_large" not in result and "PQ" in capsys.readouterr().out
 
 
-def test_recipes_with_other_seeds_or_unfinished_runs_are_not_compared(tmp_path):
-    for name, seed in (("a-0", 0), ("b-1", 1), ("twice-0", 0), ("twice-9", 0)):
-        fake_run(tmp_path / name, seed, 50.0)
-    (tmp_path / "begun-0").mkdir()
-    for first, words in (("a", "seeds must be the same"), ("twice", "two runs of seed 0"),
-                         ("begun", "has not ended")):
-        with pytest.raises(DataError, match=words):
-            versus.versus(str(tmp_path / f"{first}-*"), str(tmp_path / "b-*"))
-
-
 BOARD = dict(split="test", hardware="1 x 2 threads of a x86_64 CPU, bf16, torch 2.14", minutes=5.5,
              settings={"dataset": "street", "seed": 0, "fit": {"lr": 0.1}})
 ENTRIES = [  # how many of three runs are different, in what, and words of the refusal
