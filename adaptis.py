@@ -119,8 +119,7 @@ class Controller(nn.Module):
 
 
 def conv(inputs, outputs):
-    """3x3 convolution, ReLU, batch norm: the order of Figure 8. AdaIN, too, follows its ReLU.
-    Choice: momentum 0.01, for a batch holds few images, each with colours of its own."""
+    """3x3 convolution, ReLU, batch norm: Figure 8. Choice: momentum 0.01, as batches are small."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True),
                          nn.BatchNorm2d(outputs, momentum=0.01))
 
