@@ -102,7 +102,7 @@ def test_every_row_of_the_leaderboard_keeps_its_rules_or_says_that_it_is_no_entr
 STRIDES = {"seamless": {"body.stages.4": 32, "body[8]": 8, "semantic_head": 4, "fuse: segments": 1},
            "adaptis": {"encoder: features": 2, "encoder.down.2": 16, "predict: segments": 1},
            "affinity_head": {"features[32]": 32, "head: P": 4}, "ibs": {"mask_logits EA FB": 4},
-           "kernels": {"family.heat 2": 16}, "queries": {"mask_logits: E F": 4}}
+           "kernels": {"family.heat 2": 8}, "queries": {"mask_logits: E F": 4}}
 
 
 def test_each_network_draws_its_shapes_in_the_one_size_of_letters(tmp_path, monkeypatch):
