@@ -121,9 +121,9 @@ def confused(scenes, index, crops, *, mode, weight, steps, seed):
 @claim("degeus2023", "5.1, Figure 5", "crops confuse, and intra-batch supervision tells apart",
        of="ibs.ibs_loss", figure="ibs.png", result="Intra-batch supervision: the demo")
 def test_crops_confuse_and_intra_batch_supervision_tells_apart():
-    """A network of crops confuses at least 1.5 times as many of its things as one of whole images
-    after as many pixels, but hardly any on images as large as its crops. With IBS it confuses fewer
-    masks before merging (mean of four seeds: one is uncertain by 6 points)."""
+    """A network of crops confuses at least 4 times as many of its things as one of whole images
+    after as many pixels, but hardly any on images as large as its crops. IBS cures a quarter of it
+    at least, before and after merging (mean of four seeds: one is uncertain by 6 points)."""
     scenes = worlds.world("parking", "train")
     unseen = worlds.world("parking", "test", 60)
     crops = [[crop(unseen[i], *demo_ibs.WINDOWS[size], size) for i in range(len(unseen))]
@@ -135,6 +135,6 @@ def test_crops_confuse_and_intra_batch_supervision_tells_apart():
         found = [confused(scenes, index, crops, mode=mode, weight=weight, steps=512, seed=seed)
                  for seed in seeds]
         rows[name] = torch.tensor(found).mean(0).tolist()
-    assert rows["without"][0] >= 1.5 * rows["full"][0] and rows["without"][0] >= 20
-    assert rows["without"][1] < rows["without"][0] / 4
-    assert rows["supervised"][2] < rows["without"][2]
+    assert rows["without"][0] >= 4 * rows["full"][0] and rows["without"][0] >= 30
+    assert rows["without"][1] < rows["without"][0] / 10
+    assert all(rows["supervised"][k] < 0.75 * rows["without"][k] for k in (0, 2))
