@@ -270,11 +270,11 @@ def kernels(out="figures", model=None):
     levels = range(1, 5)
     for k in levels:
         heat = calls["family.heat"][k - 1][0]
-        boxes += [Box(f"family.heat {k}", k, 1, heat, probabilities(heat.sigmoid().amax(0))),
+        boxes += [Box(f"family.heat {k}", k, 1, heat, probabilities(heat[:-1].sigmoid().amax(0))),
                   Box(f"family.kernel {k}", k, 2, calls["family.kernel"][k - 1][0])]
-    title = ("Kernels. The heat has a peak for each thing and a region for each stuff category, "
-             "and for \"a thing\" (here: its largest probability).\nThe kernel of a peak is an "
-             "embedding E. Its mask is E times the features F, for things and stuff alike.")
+    title = ("Kernels. The heat has a peak for each thing and a region for each stuff category "
+             "(here: its largest probability).\nThe kernel of a peak is an embedding E. Its mask "
+             "is E times the features F, for things and stuff alike.")
     sheet = Sheet(title + UNTRAINED * (model is None), boxes)
     sheet.feed("image", "body[4]")
     sheet.feed("encoder: F", "mask_logits: E F", "merge: segments")
