@@ -152,7 +152,7 @@ class Kernels(nn.Module):
             stuff = torch.where(~thing & ~target.crowd & masks.flatten(1).any(1))[0]
             cells = masks[things] > 0
             bumps = gaussian_bumps(cells, target.boxes[things], target.segments.shape)
-            cells = cells | (bumps == 1) & ~cells.flatten(1).any(1)[:, None, None]
+            cells = cells | (bumps == 1)                       # a thing without a cell has one now
             names = target.categories[torch.cat([things, stuff])][:, None, None].expand(-1, *size)
             heat = masks.new_zeros(n, *size).scatter_reduce(
                 0, names, torch.cat([bumps, masks[stuff]]), "amax")
