@@ -13,7 +13,6 @@ each `--threads 1`, the same DIR and methods of its own. Then ask for all method
 import csv
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 
