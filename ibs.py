@@ -83,7 +83,7 @@ def pick_targets(image_ids, generator=None, paired=False):
     crops of OTHER images; -1 where there is none. All ids alike: IBS is off. paired: 2k and 2k + 1
     come as a pair (section 4.2), and each is the target of the other, if their images differ.
     Deviation: the paper and the released code take any other crop. Two crops of one image may share
-    an object, and its mask is not empty. The paper expects this to be rare with many images.
+    an object, whose mask is not empty then. The paper expects this to be rare with many images.
     Choice: each process of a training uses its own crops, as in the released code."""
     allowed = image_ids[:, None] != image_ids                  # [B, B]: may j be the target of i?
     if paired:
@@ -114,8 +114,8 @@ def ibs_loss(embeddings, features, is_thing, targets, alpha=0.25, gamma=2.0, *, 
     embeddings: a list of B tensors E_i [N_i, C], only those that have a true segment.
     features: F [B, C, H, W]. is_thing: a list of B tensors bool [N_i].
     targets: int64 [B] from `pick_targets`; -1: this crop has none.
-    weights: a list of B tensors [N_i], what each mask counts in the mean; None: all alike. The up
-    to seven embeddings of a thing in Panoptic FCN share a weight of 1.
+    weights: a list of B tensors [N_i], what each mask counts in the mean; None: all alike. In
+    Panoptic FCN a thing has up to seven embeddings, which share a weight of 1.
     pixels: a function that picks those that count, [N, H W] -> [N, p]; by default all do.
     Both sides get gradients. Without a target or a thing the loss is 0 and gradients are zeros.
     Choice, as released: alpha = 0.25, gamma = 2 (Lin 2017): confused pixels weigh most; the mean

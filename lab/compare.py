@@ -22,7 +22,7 @@ from lab.draw import new_figure, save
 from lab.intervals import paired_t
 from lab.recipes import RECIPES
 
-# Seamless by its recipe has CABB and crops at any place.
+# On the toy street Seamless has CABB and crops at any place by its recipe.
 VARIANTS = {"seamless, Eq. 1": ["--method", "seamless", "--box-loss", "standard"],
             "seamless": ["--method", "seamless"],
             "seamless, ISUS": ["--method", "seamless", "--sampler", "isus"]}

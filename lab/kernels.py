@@ -164,7 +164,7 @@ class Kernels(nn.Module):
         """The focal loss (alpha 0.25, gamma 2) of one crop's heat towards its truth y in 0..1; heat
         and truth are lists over levels. With p = sigmoid(heat) and p_t = p y + (1 - p) (1 - y)
 
-            -(1 - p_t)^2 (0.25 y log p + 0.75 (1 - y) log(1 - p)),    roughly: see torchvision
+            -(1 - p_t)^2 (0.25 y + 0.75 (1 - y)) (y log p + (1 - y) log(1 - p))
 
         Things: the sum over all cells / the number of pairs of a thing and a level. Stuff and "a
         thing": the mean over the cells of a level, summed over entries and levels.

@@ -71,7 +71,8 @@ def merge(logits, scores, categories, isthing, size, score_threshold, overlap, s
     also where its probability is at most 1/2.
     Deviation: Panoptic FCN's released code places things one by one, by falling score, and drops
     one of which more than `overlap` is taken. The likeliest stuff fills the rest. On the toy street
-    that was 1.4 PQ worse: where a thing is missed, stuff takes its pixels instead of void."""
+    (60 images of val, one seed) that was 1.4 PQ worse: where a thing is missed, stuff takes its
+    pixels instead of void."""
     device, n = logits.device, len(logits)
     best = torch.zeros(size, device=device)
     winner = torch.full(size, -1, dtype=torch.long, device=device)

@@ -182,11 +182,11 @@ def test_intra_batch_supervision_is_the_loss_of_the_partners(family, ids, paired
     ([0, 1, 2, 3], None, 250_000, ([898, 767, 383, 15439, 14968, 1337, 1, 0, 0.89989, 0.7], [
         151, 765, 749, 383, 633, 14951, 14823, 1337, 1, 2, 0, 0.9, 0.8, 0.7])),
     ([0, 1, 2], (50, 33), 600_000, ([1007, 643, 20761, 19664, 1, 0.89989], [
-        419, 608, 623, 2468, 18544, 19413, 1, 2, 0.9, 0.8])), ([], None, 0, ([2048, 31744],) * 2)])
+        1027, 623, 21012, 19413, 2, 0.8])), ([], None, 0, ([2048, 31744],) * 2)])
 def test_a_prediction_is_embeddings_times_features_merged(family, rows, size, stuff_area, want):
     """Frozen numbers, which a loop over masks confirmed: pixels of void and of each segment, sums
     of their rows, categories, scores. Row 1 is unsure: kernels drop it. Row 3 wins void alone."""
-    net = network(family, score_threshold=0.65, overlap=0.9, stuff_area=stuff_area)
+    net = network(family, score_threshold=0.65, overlap=0.97, stuff_area=stuff_area)
     features = torch.full((1, 16, *CELLS), -7.3)
     features[0, 0, 2:, :8], features[0, 1, 2:, 7:], features[0, 2, :2, :12] = 9, 9, 9
     features[0, 1, 2:, 11:], features[0, 1, :2, 12:], features[0, 3, :2, 14:] = 0.5, -1, -0.5
