@@ -24,6 +24,9 @@ from pq import PanopticQuality, confusion_ratio
 # Choice: the crop is as large a share of the image as 640x1280 is of Cityscapes'.
 CROP, SCALE, BATCH = (80, 160), (0.8, 1.25), 6
 WEIGHT = RECIPES["ibs", "parking"]["model"]["ibs_weight"]
+# How it is built, its method in train.py, learning rate, length of gradients.
+FAMILIES = {"kernels": (unified.kernels, "ibs", 0.002, 10.0),
+            "queries": (unified.queries, "queries", 0.001, 1.0)}
 # Name: mode of the sampler, weight of IBS, and the paper's PQ_th, Acc_th, Prec_th (Table 3).
 ROWS = {"full images": ("full", 0.0, "29.8  73.8  80.8"),
         "crops": ("uniform", 0.0, "31.8  74.7  77.9"),
@@ -73,11 +76,12 @@ def two_cars(weight):
 
 # --- Training ---------------------------------------------------------------------------------
 
-def batches(scenes, index, mode, seed=0):
-    """An endless supply of batches: six crops, or in mode "full" two whole images."""
+def batches(scenes, index, mode, seed=0, **options):
+    """An endless supply of batches: six crops, or in mode "full" two whole images. `options` are
+    those of the PairedCropSampler."""
     how = dict(size=CROP, scale=SCALE, seed=seed)
     if mode == "paired":
-        return iter(PairedCropSampler(scenes, index, batch=BATCH, **how))
+        return iter(PairedCropSampler(scenes, index, batch=BATCH, **how, **options))
     batch = 2 if mode == "full" else BATCH
     return iter(isus.CropSampler(scenes, index, mode=mode, scale_things=SCALE, batch=batch, **how))
 
@@ -93,9 +97,9 @@ def share_with_common_category(source, isthing, draws=100):
     return 100 * count / draws
 
 
-def learn(net, source, steps, rate=0.002):
+def learn(net, source, steps, rate, clip):
     """Trains by AdamW -> seconds. The rate rises from a third in 50 steps and falls to 0 like a
-    cosine."""
+    cosine. Gradients longer than `clip` are made that long."""
     device, begin = net.isthing.device, time.time()
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.05)
     net.train()
@@ -107,24 +111,27 @@ def learn(net, source, steps, rate=0.002):
         losses = net.losses(images.to(device), [t.to(device) for t in targets])
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimiser.step()
     net.eval()
     return time.time() - begin
 
 
-def train(scenes, index, mode, weight, *, steps, seed=0, device="cpu"):
-    """A network of kernels that learnt from `scenes` -> (network, seconds).
+def train(scenes, index, mode, weight, *, steps, seed=0, device="cpu", family="kernels", **options):
+    """A network of kernels, or queries, that learnt from `scenes` -> (network, seconds). `options`
+    are those of the PairedCropSampler.
 
     Two whole images have fewer pixels than six crops, on average 32 for every 35: "full" gets more
     steps."""
     torch.manual_seed(seed)
     body = seamless.resnet_fpn("tiny", 64)
-    settings = {**RECIPES["ibs", "parking"]["model"], "ibs_weight": weight}
-    net = unified.kernels([c.isthing for c in scenes.categories], body, paired=mode == "paired",
-                          **settings).to(device)
+    build, method, rate, clip = FAMILIES[family]
+    settings = {**RECIPES[method, "parking"]["model"], "ibs_weight": weight}
+    net = build([c.isthing for c in scenes.categories], body, paired=mode == "paired",
+                **settings).to(device)
     steps = steps * 35 // 32 if mode == "full" else steps
-    return net, learn(net, batches(scenes, index, mode, seed=seed), steps)
+    source = batches(scenes, index, mode, seed=seed, **options)
+    return net, learn(net, source, steps, rate=rate, clip=clip)
 
 
 # --- Measuring --------------------------------------------------------------------------------
