@@ -61,23 +61,24 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
     """The factor sigma that resizes an image so that `box` [4] lands on `level` -> float.
 
     Level k of data.pyramid_level serves the sizes canonical 2^(k - k0) to canonical 2^(k - k0 + 1),
-    one octave. With a size drawn from it,
+    one octave. So sigma must fulfil, with r_th = (low, high),
 
-        sigma = size / sqrt(w h),    clamped to r_th = (low, high)
+        sigma sqrt(w h) in the octave of `level`,    low <= sigma <= high
 
-    A clamped sigma may miss the level: r_th = (0.5, 2) moves a size by an octave at most.
+    Of those that fulfil both, one is drawn log-uniformly. If there is none, sigma is the limit of
+    r_th that comes nearest, and the level is missed: r_th = (0.5, 2) reaches one octave at most.
 
-    Choice: the paper asks for one factor, but a whole octave of them fits. The size is drawn log-
-    uniformly, without a thousandth of the octave at each end, against errors of float numbers.
-    Choice: the first and the last level serve all smaller and all larger sizes too. Only one octave
-    of them is drawn. So tiny things grow even for level 1. ValueError: there is no such level."""
+    Choice: the paper asks for one factor, but many fit. A thousandth of the octave is left out at
+    each end (rounding). The first level serves all smaller sizes too, the last all larger ones:
+    things there may keep their size, sigma = 1, but do not go further."""
     if not 1 <= level <= levels:
         raise ValueError(f"level {level} does not exist: the pyramid has the levels 1 to {levels}")
     x1, y1, x2, y2 = torch.as_tensor(box).tolist()
-    octave = 0.001 + 0.998 * torch.rand((), generator=generator, dtype=torch.float64).item()
-    size = canonical * 2 ** (level - k0 + octave)
-    sigma = size / math.sqrt(max(x2 - x1, 1e-6) * max(y2 - y1, 1e-6))
-    return min(max(sigma, r_th[0]), r_th[1])
+    size = math.sqrt(max(x2 - x1, 1e-6) * max(y2 - y1, 1e-6))
+    low, high = (canonical * 2 ** (level - k0 + end) / size for end in (0.001, 0.999))
+    low, high = min(low, 1) if level == 1 else low, max(high, 1) if level == levels else high
+    low, high = (min(max(end, r_th[0]), r_th[1]) for end in (low, high))
+    return low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
 # --- What must be known before: which segments are where --------------------------------------
@@ -170,7 +171,8 @@ class CropSampler(IterableDataset):
     short_side      s0, the length of the shorter side before sigma; 0: as it is
     scale           r_st: sigma of stuff, and in other modes than "isus" of all
     scale_things    r_th: the limits of sigma of things in mode "isus"
-    levels, canonical   the rule of data.pyramid_level, with its k0 = 3
+    place           step 4 in mode "isus": where the "category" or the chosen "instance" is visible
+    levels, canonical   the rule of data.pyramid_level, k0 = 3: level k is the map of stride 2^(k+1)
     flip, jitter, hue   probability of a mirror image; the arguments of data.colour_jitter
     batch           crops that this process receives; the whole batch has n = batch * world
     start           the first batch; rank, world: which of how many processes this is
@@ -179,16 +181,14 @@ class CropSampler(IterableDataset):
     `rank` receives every `world`-th. So a resumed run continues exactly, and a batch of n is the
     same for any number of processes. ValueError: a setting that cannot be.
 
-    Deviation: in step 4 of the paper the crop shows "the selected class", also in ISUS. Here ISUS
-    crops at the chosen instance: else 26% of the crops would miss it (260 crops for things, 60 toy
-    streets, seed 0). So "isus" and "cus" differ in scale and in place.
+    As in the paper ISUS differs from CUS in scale alone: the crop may show another instance.
     Choice: 0.5..2 is the range of Porzi et al. 2019; our text of the 2021 paper has none.
     Choice: every pixel of the category is equally likely. So CUS shows large segments more often.
     Choice: an image smaller than the crop lies at the upper left; the rest is void."""
 
     def __init__(self, dataset, index, *, size, mode="isus", short_side=0, scale=(0.5, 2.0),
-                 scale_things=(0.5, 2.0), levels=4, canonical=224, flip=0.5, jitter=0.0, hue=0.0,
-                 batch=1, seed=0, start=0, rank=0, world=1):
+                 scale_things=(0.5, 2.0), place="category", levels=4, canonical=224, flip=0.5,
+                 jitter=0.0, hue=0.0, batch=1, seed=0, start=0, rank=0, world=1):
         for name, value, fine, rule in (
                 ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
                 ("size", size, mode == "full" or len(size) == 2 and min(size) >= 1,
@@ -196,6 +196,7 @@ class CropSampler(IterableDataset):
                 ("scale", scale, 0 < scale[0] <= scale[1] < math.inf, "(low, high), both positive"),
                 ("scale_things", scale_things, 0 < scale_things[0] <= scale_things[1] < math.inf,
                  "(low, high), both positive"),
+                ("place", place, place in ("category", "instance"), "category or instance"),
                 ("short_side", short_side, short_side >= 0, "0 or a number of pixels"),
                 ("batch", batch, batch >= 1, "at least 1"),
                 ("index", index, index or mode in MODES[2:], "given: isus.build_index(dataset)")):
@@ -206,7 +207,7 @@ class CropSampler(IterableDataset):
                              "and as many in the index")
         self.dataset, self.index, self.mode, self.size = dataset, index, mode, size
         self.short_side, self.scale, self.scale_things = short_side, scale, scale_things
-        self.levels, self.canonical = levels, canonical
+        self.place, self.levels, self.canonical = place, levels, canonical
         self.flip, self.jitter, self.hue = flip, jitter, hue
         self.count, self.seed, self.start, self.rank, self.world = batch, seed, start, rank, world
 
@@ -220,8 +221,9 @@ class CropSampler(IterableDataset):
             category, i = class_uniform_choice(self.index, g)                    # steps 1 and 2
             rows = self.index.rows(i, category)
             if self.mode == "isus" and self.dataset.categories[category].isthing:
-                rows = rows[torch.randint(len(rows), (), generator=g)][None]     # an instance
+                one = rows[torch.randint(len(rows), (), generator=g)]            # an instance
                 level = int(torch.randint(1, self.levels + 1, (), generator=g))  # and a level
+                rows = one[None] if self.place == "instance" else rows
         else:
             i = int(torch.randint(len(self.dataset), (), generator=g))
         sample = self.dataset[i]
@@ -230,7 +232,7 @@ class CropSampler(IterableDataset):
         if level is None:                                                        # step 3
             sigma = low + (high - low) * torch.rand((), generator=g).item()
         else:
-            sigma = scale_for_level(self.index.box[rows[0]] * rescale, level, self.scale_things,
+            sigma = scale_for_level(self.index.box[one] * rescale, level, self.scale_things,
                                     generator=g, levels=self.levels, canonical=self.canonical)
         size = tuple(max(1, round(n * rescale * sigma)) for n in native)
         mirror = torch.rand((), generator=g).item() < self.flip
@@ -275,6 +277,6 @@ if __name__ == "__main__":
 
 # Exercises
 # 1. Let `scale_for_level` take the middle of each octave. Which sizes are never seen now?
-# 2. Draw the instance for sigma only and keep all `rows` in step 4. How many crops still show it?
+# 2. Let crops be placed at the instance that decides on sigma. How many show a size of its level?
 # 3. Make the levels of all things more equal: raise the entropy in the demo's table by 0.15 bits at
 #    the scales 0.25 to 4. Is it best to draw levels uniformly?

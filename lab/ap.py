@@ -50,14 +50,14 @@ class AveragePrecision:
     ignored too. Ground truth has the area of its mask, also for boxes, as in COCO. Precision is
     made monotone and read off at recall 0, .01, ..., 1. Categories without ground truth are left
     out. Equal scores keep the order of `update`, as in COCO; split over ranks, ties may come in
-    another order."""
+    another order. areas: {suffix of AP: (least, largest area)}, "" first; None: COCO's."""
 
-    def __init__(self, num_categories, iou_thresholds=COCO_THRESHOLDS, kind="mask"):
+    def __init__(self, num_categories, iou_thresholds=COCO_THRESHOLDS, kind="mask", areas=None):
         if kind not in ("mask", "box"):
             raise ValueError(f"kind must be 'mask' or 'box', not {kind!r}")
-        self.num_categories, self.kind = num_categories, kind
+        self.num_categories, self.kind, self.areas = num_categories, kind, areas or AREAS
         self.thresholds = np.asarray(iou_thresholds, dtype=np.float64).reshape(-1)    # [T]
-        T, A = len(self.thresholds), len(AREAS)
+        T, A = len(self.thresholds), len(self.areas)
         self.positives = np.zeros((num_categories, A), dtype=np.int64)                # ground truth
         nothing = np.zeros((0, T, A), bool)
         self.parts = [(np.zeros(0), np.zeros(0, np.int64), nothing, nothing)]
@@ -105,7 +105,7 @@ class AveragePrecision:
         exists = (gt_area > 0) & isthing[gt_categories]
         iou, pred_area = iou[:, exists].numpy(), pred_area.numpy()                    # [M, N], [M]
         gt_area, crowd = gt_area[exists].numpy(), crowd[exists].numpy()
-        low, high = np.array(list(AREAS.values())).T[:, :, None]                      # [A, 1] each
+        low, high = np.array(list(self.areas.values())).T[:, :, None]                 # [A, 1] each
         gt_ignored = crowd | (gt_area < low) | (gt_area > high)                       # [A, N]
         np.add.at(self.positives, gt_categories[exists].numpy(), ~gt_ignored.T)
         matched, onto_ignored = self._match(iou, gt_ignored, crowd)                   # [M, T, A]
@@ -134,7 +134,7 @@ class AveragePrecision:
     def _match(self, iou, gt_ignored, crowd):
         """Greedy matching, all thresholds and area ranges at once: bool [M, T, A] matched, and
         matched to ignored. A loop over detections, since each choice binds the next."""
-        (M, N), T, A = iou.shape, len(self.thresholds), len(AREAS)
+        (M, N), T, A = iou.shape, len(self.thresholds), len(self.areas)
         matched, ignored = np.zeros((2, M, T, A), dtype=bool)
         free = np.ones((T, A, N), dtype=bool)
         threshold = np.minimum(self.thresholds, 1 - 1e-10)[:, None, None]             # [T, 1, 1]
@@ -166,7 +166,7 @@ class AveragePrecision:
         per_category [AP of category 0, 1, ...]."""
         scores, categories, matched, ignored = (np.concatenate(v) for v in zip(*self.parts))
         recalls = torch.from_numpy(np.linspace(0, 1, 101))
-        shape = (self.num_categories, len(self.thresholds), len(AREAS))
+        shape = (self.num_categories, len(self.thresholds), len(self.areas))
         ap = torch.full(shape, torch.nan, dtype=torch.float64)
         for c in np.flatnonzero(self.positives[:, 0] > 0):
             rows = np.flatnonzero(categories == c)
@@ -183,7 +183,7 @@ class AveragePrecision:
             at = torch.searchsorted(recall, recalls.expand(*recall.shape[:2], -1).contiguous())
             value = 100 * precision.gather(-1, at).mean(-1)                           # [T, A]
             ap[c] = torch.where(positives > 0, value, torch.nan)
-        result = {f"AP{suffix}": ap[..., i].nanmean().item() for i, suffix in enumerate(AREAS)}
+        result = {f"AP{suffix}": ap[..., i].nanmean().item() for i, suffix in enumerate(self.areas)}
         for percent in (50, 75):
             chosen = np.isclose(100 * self.thresholds, percent)
             result[f"AP{percent}"] = ap[:, chosen, 0].nanmean().item()

@@ -21,6 +21,7 @@ import isus
 from data import crop
 from lab import demo_ibs, ends, folders, runs
 from lab.draw import new_figure, save
+from lab.errors import Errors
 from lab.intervals import paired_t
 from lab.worlds import world
 
@@ -58,11 +59,22 @@ def measured(name, weight, seed, flags, folder):
                           "confused, crop-sized": confused[demo_ibs.AT_25].item()}
             if size == WHOLE:
                 found |= {k: quality[k] for k in QUALITY}
-                found |= {"confused": confused[demo_ibs.AT_25].item(), "before merging": before}
+                found |= {"confused": confused[demo_ibs.AT_25].item(), "before merging": before,
+                          "errors": errors_of(net, parts)}
         hardware = runs.World(flags.device, threads=flags.threads).hardware()
         found["run"] = dict(seed=seed, hardware=hardware, minutes=seconds / 60, steps=flags.steps)
         runs.write_json(folders.make_folder(path.parent) / "metrics.json", found)
     return json.loads(path.read_text())
+
+
+def errors_of(net, images):
+    """What lab/errors.py says of a network on pairs (image, Target)."""
+    errors = Errors(net.isthing.cpu())
+    for image, t in images:
+        found = net.predict(image.to(net.isthing.device))
+        errors.update(found.segments.cpu(), found.categories.cpu(), t.segments,
+                      gt_categories=t.categories, gt_crowd=t.crowd)
+    return errors.compute()
 
 
 def numbers(seeds, column):

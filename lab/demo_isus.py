@@ -14,6 +14,7 @@ from lab.draw import new_figure, save
 from lab.worlds import Drawn, world
 
 RANGES, MODES = ((0.5, 2.0), (0.25, 4.0)), ("uniform", "cus", "isus")
+PLACED = "instance"     # mode "isus", but the crop shows the instance that decided on the scale
 CANONICAL, WINDOW = 56, (128, 256)
 COLOURS = {"uniform": "tab:gray", "cus": "tab:orange", "isus": "tab:green"}
 
@@ -39,7 +40,8 @@ class Crops:
     """Crops of one sampler, and the things in them."""
 
     def __init__(self, streets, index, mode, limits, count):
-        sampler = CropSampler(streets, index, size=WINDOW, mode=mode, scale=limits,
+        mode, place = ("isus", "instance") if mode == PLACED else (mode, "category")
+        sampler = CropSampler(streets, index, size=WINDOW, mode=mode, scale=limits, place=place,
                               scale_things=limits, canonical=CANONICAL)
         self.crops = [sampler.crop(k) for k in range(count)]
         self.targets, self.limits = [t for _, t in self.crops], limits
@@ -63,7 +65,7 @@ class Crops:
         return shown[:, self.isthing].float().mean(0)
 
     def chosen(self):
-        """Crops taken for a thing -> rows (image, target, level of the whole thing)."""
+        """Crops placed at a thing -> rows (image, target, level of that whole thing)."""
         rows = []
         for (image, t), m in zip(self.crops, self.things):
             if t.instance and m[t.instance - 1]:
@@ -72,7 +74,7 @@ class Crops:
         return rows
 
     def at_a_limit(self):
-        """Of the crops taken for a thing: the share whose scale is one of the two limits."""
+        """Of the crops placed at a thing: the share whose scale is one of the two limits."""
         scales = [t.scale for _, t, _ in self.chosen()]
         return sum(s in self.limits for s in scales) / max(len(scales), 1)
 
@@ -97,17 +99,18 @@ def print_levels(arms):
     """Levels of all things in the crops and of the chosen ones; `arms`: (limits, mode) -> Crops."""
     print('\n"more uniform supervision across all scales": the share of all things in the crops on '
           "level 1 to 4, in %,\nits entropy (2 bits: equal shares); then the levels of the things "
-          "for which crops were chosen,\nand of how many of these ISUS had to clamp sigma")
+          "at which crops were placed,\nand the share of these crops whose sigma is a limit. "
+          f"'{PLACED}': ISUS that crops at the instance of its scale")
     for (limits, mode), crops in arms.items():
         levels = crops.levels()
         bits, error = spread(levels)
-        line = (f"  scales {limits[0]:g} to {limits[1]:g}".ljust(20) + mode.ljust(8)
+        line = (f"  scales {limits[0]:g} to {limits[1]:g}".ljust(20) + mode.ljust(9)
                 + percent(levels.sum(0) / levels.sum())
                 + f"   {bits:.2f} ± {error:.2f} bits")
         if mode != "uniform":
             chosen = torch.tensor([k for *_, k in crops.chosen()]).long().bincount(minlength=5)[1:]
-            line += f"   chosen {percent(chosen / chosen.sum())}"
-        if mode == "isus":
+            line += f"   placed {percent(chosen / chosen.sum())}"
+        if mode in ("isus", PLACED):
             line += f"   clamped {crops.at_a_limit():.0%}"
         print(line)
 
@@ -156,7 +159,7 @@ def draw_figure(arms, cut, sizes, categories, path):
     for ax in (a, b, *panels):
         ax.spines[["top", "right"]].set_visible(False)
     below.suptitle("(e) ISUS: the chosen instance, the level of its whole box, and sigma")
-    rows = arms[RANGES[0], "isus"].chosen()
+    rows = arms[RANGES[0], PLACED].chosen()
     for n, ax in enumerate(below.subplots(2, 4).T.flat):       # a column for each level
         ax.axis("off")
         level = n // 2 + 1
@@ -178,7 +181,7 @@ def compare_samplers(scenes, count, out):
     sizes = things.log2().round().clamp(2, 7).long().bincount(minlength=8)[2:]
     print(f"{scenes} streets of 256x512 pixels; {count} crops of 128x256 from each sampler\n")
     arms = {(limits, mode): Crops(streets, index, mode, limits=limits, count=count)
-            for limits in RANGES for mode in MODES}
+            for limits in RANGES for mode in (*MODES, PLACED)}
     cut = cut_by_size(arms[RANGES[0], "uniform"])
     names = [c.name for c in streets.categories if c.isthing]
     print_tables(arms, names, cut, sizes=sizes)

@@ -74,6 +74,7 @@ RANGES = {
     "crops.scale": number(0.01, 100, count=2), "crops.scale_things": number(0.01, 100, count=2),
     "crops.canonical": whole(1, 16384), "crops.flip": number(0, 1), "crops.jitter": number(0, 1),
     "crops.hue": number(0, 0.5), "crops.measure": ("mask", "box"),
+    "crops.place": ("category", "instance"),
     # The backbone
     "body.name": ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     "body.width": whole(4, 4096), "body.extra": whole(0, 4), "body.frozen": whole(0, 5),

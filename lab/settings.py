@@ -105,7 +105,7 @@ def unread(values, method):
     mode, found = values["crops"]["mode"], {}
     if mode != "isus":
         found |= {("crops", key): f"--sampler {mode} does not read it; isus does"
-                  for key in ("scale_things", "canonical")}
+                  for key in ("scale_things", "canonical", "place")}
     if mode == "full":
         found["crops", "size"] = "--sampler full takes whole images; the other samplers read it"
     if method in ("adaptis", "queries"):

@@ -122,7 +122,7 @@ def same(a, b):
 
 # --- The crops of a seed ----------------------------------------------------------------------
 GOLDEN = {  # image, instance, sigma, sums of x1 and of y1 of the full boxes of crops 0, 1 and 3
-    "isus": [(0, 2, 1.102, -1, 7), (0, 1, 3, -2, -11), (0, 3, 1.884, -68, 0)],
+    "isus": [(0, 2, 1.102, -1, 7), (0, 3, 3.0, -131, -22), (0, 3, 1.824, -65, 1)],
     "cus": [(0, 2, 1.102, -1, 7), (0, 2, 1.551, 2, 4), (0, 3, 1.505, -7, -16)],
     "uniform": [(0, 0, 1.938, -18, -12), (2, 0, 1.343, 0, 0), (3, 0, 0.621, 0, 0)],
     "full": [(0, 0, 1.938, 83, 87), (2, 0, 1.343, 0, 0), (3, 0, 0.621, 0, 0)]}
@@ -149,36 +149,61 @@ def random_boxes(n, seed):
     return torch.cat([7 * sides, 8 * sides], 1).tolist() + thin
 
 
+def level_of(size, levels=4, canonical=224, k0=3):
+    """The rule, for one size: floor(k0 + log2(size / canonical)), within 1 to `levels`."""
+    return min(max(math.floor(k0 + math.log2(size / canonical)), 1), levels)
+
+
 @claim("porzi2021", "2.1", "the selected instance will be assigned to the selected level",
        of="scale_for_level")
 @pytest.mark.parametrize("levels, canonical, k0",
                          [(4, 224, 3), (5, 224, 4), (6, 30, 1), (2, 0.3, 2), (1, 64, 1)])
 def test_the_resized_instance_is_assigned_to_the_level(levels, canonical, k0):
+    """Its size is in the level's octave. Below the first and beyond the last, sigma is on the same
+    side of 1: smaller things do not shrink for the first level, larger ones not grow for the last.
+    """
     g, rule = torch.Generator().manual_seed(0), dict(levels=levels, canonical=canonical, k0=k0)
     for (x1, y1, x2, y2), level in product(random_boxes(25, 2), range(1, levels + 1)):
         sigma = scale_for_level((x1, y1, x2, y2), level, (1e-9, 1e9), generator=g, **rule)
         size = sigma * math.sqrt((x2 - x1) * (y2 - y1))
-        assert isinstance(sigma, float) and level == math.floor(k0 + math.log2(size / canonical))
+        octave = math.floor(k0 + math.log2(size / canonical))
+        assert isinstance(sigma, float) and level_of(size, **rule) == level
+        assert octave == level or octave < level == 1 <= sigma or octave > level == levels >= sigma
         assert level == isus.pyramid_level(sigma * torch.tensor([[x1, y1, x2, y2]]), **rule)
 
 
 @claim("porzi2021", "2.1", "we clamp sigma to a limited range r_th", of="scale_for_level")
 @pytest.mark.parametrize("level", range(1, 5))
 def test_sigma_is_clamped_to_r_th(level):
-    """Exactly to its limits; within them nothing changes. A box of no size gets the upper one."""
-    seen = Counter()
+    """It reaches the level if any sigma of a grid over r_th does, else it is the limit that comes
+    nearest. A box of no size gets the upper one, unless for level 1."""
+    seen, grid = Counter(), [0.4 * (3.0 / 0.4) ** (k / 400) for k in range(401)]
     for seed, box in enumerate(random_boxes(60, 3)):
-        free, found = (scale_for_level([8 * v for v in box], level, r_th,
-                                       generator=torch.Generator().manual_seed(seed))
-                       for r_th in ((1e-9, 1e9), (0.4, 3.0)))
-        assert found == (0.4 if free < 0.4 else 3.0 if free > 3.0 else free)
-        seen[found if found in (0.4, 3.0) else "free"] += 1
-    assert len(seen) == 3
-    assert scale_for_level(torch.zeros(4), level, (0.4, 3.0), torch.Generator()) == 3.0
+        size = 8 * math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+        sigma = scale_for_level([8 * v for v in box], level, (0.4, 3.0),
+                                generator=torch.Generator().manual_seed(seed))
+        levels = [level_of(s * size) for s in grid[2:-2]]      # not by rounding alone
+        assert 0.4 <= sigma <= 3.0
+        assert level not in levels or level_of(sigma * size) == level
+        outside = level not in (level_of(s * size) for s in grid)
+        assert not outside or sigma == (0.4 if levels[0] > level else 3.0)
+        seen[sigma if outside else "free"] += 1
+    assert len(seen) == (3 if 1 < level < 4 else 2)
+    assert level == 1 or scale_for_level([0] * 4, level, (0.4, 3.0), torch.Generator()) == 3.0
     assert isus.example()[1] == 4
     for wrong in (0, level + 1):
         with pytest.raises(ValueError, match=f"level {wrong} does not exist.* 1 to {level}"):
             scale_for_level((0, 0, 9, 9), wrong, (0.5, 2), torch.Generator(), levels=level)
+
+
+def test_all_sigmas_that_reach_the_level_are_drawn_log_uniformly():
+    """A thing of 80 pixels, level 2 serves 112 to 224 and r_th ends at 2: sigma in 1.4 to 2. For
+    level 1, below 112, sigma lies in 0.7 to 1.4, and r_th begins at 0.9."""
+    g = torch.Generator().manual_seed(0)
+    for level, r_th, low, high in ((2, (0.5, 2.0), 1.4, 2.0), (1, (0.9, 2.0), 0.9, 1.4)):
+        found = [scale_for_level((0, 0, 80, 80), level, r_th, generator=g) for _ in range(2000)]
+        assert low <= min(found) < 1.01 * low and 0.99 * high < max(found) <= high
+        assert uniform([int(4 * math.log(s / low) / math.log(high / low)) for s in found], 4)
 
 
 # --- The index, steps 1 and 2 -----------------------------------------------------------------
@@ -223,8 +248,9 @@ def test_categories_are_uniform_and_then_images_that_contain_them():
        "random feature pyramid level", of="CropSampler")
 @pytest.mark.parametrize("short_side, levels", [(0, 3), (40, 4)])
 def test_the_levels_of_chosen_instances_are_uniform(short_side, levels):
-    """As long as no sigma is clamped: of tiny ones, large ones, ones at the border."""
-    found = targets(300, short_side=short_side, levels=levels, **WIDE)
+    """As long as no sigma is clamped: of tiny ones, large ones, ones at the border. The crop shows
+    them if it is placed at the instance."""
+    found = targets(300, short_side=short_side, levels=levels, place="instance", **WIDE)
     boxes = [t.full_boxes[t.instance - 1].tolist() for t in found if CATEGORIES[chosen(t)].isthing]
     assert uniform(isus.pyramid_level(torch.tensor(boxes), levels, canonical=32).tolist(), levels)
 
@@ -240,6 +266,17 @@ def test_the_crop_shows_the_chosen_segment(mode, size):
         assert t.instance > 0 and (t.segments == t.instance).any() and t.segments.shape == size
         assert t.image_id in WHERE[chosen(t)] and not t.crowd[t.instance - 1]
     assert uniform([chosen(t) for t in found], len(WHERE))
+
+
+@claim("porzi2021", "2.1", "the same steps as in CUS, except that the scale augmentation procedure "
+       "is made instance-aware", of="CropSampler")
+def test_isus_places_a_crop_at_the_category_or_at_its_instance():
+    """Two cars of 16 and 64 pixels: places are uniform in pixels, or in instances."""
+    cars = Images([sample(20, 20, (CAR, 1, 1, 5, 5), (CAR, 9, 9, 17, 17))])
+    for how, share in ((dict(mode="cus"), 0.8), ({}, 0.8), (dict(place="instance"), 0.5)):
+        found = targets(300, cars, size=(2, 2), canonical=32, **NATIVE, **how)
+        assert sum(t.instance == len(t.categories) and (t.full_boxes[-1, 2:] - t.full_boxes[-1, :2])
+                   .eq(8).all().item() for t in found) == pytest.approx(300 * share, abs=40)
 
 
 @claim("porzi2021", "2.1", "when a stuff class is selected: uniformly sample sigma from a range "
@@ -305,6 +342,7 @@ def test_processes_and_workers_share_the_crops_of_a_batch():
     (dict(scale=(2, 0.5)), "scale = .* positive"), (dict(scale=(0, 1)), "scale = .* positive"),
     (dict(scale=(1, math.inf)), "scale = "), (dict(scale_things=(1, math.inf)), "scale_things ="),
     (dict(scale_things=(2, 0.5)), "scale_things ="), (dict(scale_things=(0, 1)), "scale_things ="),
+    (dict(place="level"), "place = level must be category or instance"),
     (dict(short_side=-1), "short_side = -1 must be 0"), (dict(batch=0), "batch = 0"),
     (dict(index=None), "index = None must be given"),
     (dict(dataset=Images([]), index=None, mode="full"), "has 0 images"),
