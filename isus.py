@@ -19,9 +19,8 @@ has no instances: its scale sigma is uniform in a range r_st, and so is every si
 The claim. ISUS "will have the effect of smoothing out the object scale distribution, providing
 more uniform supervision across all scales". With the loss of cabb_loss.py and a new architecture
 the paper reports +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best. On the
-toy streets of the demo ISUS does not make levels more equal: a crop shows eight things on average,
-and at most one was chosen. The others are only resized with it. The price of equal categories: one
-of C that occurs in a single image shows that image in 1/C of all crops.
+toy streets of the demo ISUS does not make levels more equal: a crop shows eight things, of which
+at most one was chosen. The others are only resized with it.
 
     python isus.py [--quick] [--full] [--device D] [--out DIR]    example, Figure 2, levels in crops
     pytest tests/test_isus.py                                     the spec of this file
@@ -70,7 +69,7 @@ def scale_for_level(box, level, r_th, generator, levels=4, canonical=224, k0=3):
 
     Choice: the paper asks for one factor, but many fit. A thousandth of the octave is left out at
     each end (rounding). The first level serves all smaller sizes too, the last all larger ones:
-    things there may keep their size, sigma = 1, but do not go further."""
+    things there may keep their size, sigma = 1."""
     if not 1 <= level <= levels:
         raise ValueError(f"level {level} does not exist: the pyramid has the levels 1 to {levels}")
     x1, y1, x2, y2 = torch.as_tensor(box).tolist()
@@ -278,5 +277,4 @@ if __name__ == "__main__":
 # Exercises
 # 1. Let `scale_for_level` take the middle of each octave. Which sizes are never seen now?
 # 2. Let crops be placed at the instance that decides on sigma. How many show a size of its level?
-# 3. Make the levels of all things more equal: raise the entropy in the demo's table by 0.15 bits at
-#    the scales 0.25 to 4. Is it best to draw levels uniformly?
+# 3. Raise the entropy of all levels in the demo's table by 0.15 bits, at the scales 0.25 to 4.

@@ -165,10 +165,10 @@ ANSWERS["isus", 1] = Answer(
 ANSWERS["isus", 2] = Answer(
     change=(('place="category", levels=4', 'place="instance", levels=4'),),
     fail=(FROZEN,), hold=("test_the_crop_shows_the_chosen_segment", UNIFORM), measure=as_asked,
-    what="share of crops placed at a thing of a size that a level asks for (two cars, sizes 1 to 8)",
+    what="share of crops placed at a thing of a size that a level asks for (cars of 1 and 8)",
     right=lambda before, now: before < 0.8 < now, wanted="It must rise: no other is shown.",
-    why="Places are uniform in the category's pixels. So the crop mostly shows the largest instance, "
-        "at a scale that another one may have decided.")
+    why="Places are uniform in the category's pixels. So the crop mostly shows the largest "
+        "instance, at a scale that another one may have decided.")
 ANSWERS["isus", 3] = Answer(
     change=(("level = int(torch.randint(1, self.levels + 1, (), generator=g))",
              "level = self.levels"),),

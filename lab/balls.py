@@ -3,8 +3,6 @@
 Many objects look alike and hide each other. `scene(i)` depends on i alone: the demo trains on
 images 0, 1, ... and tests on images from 10,000,000 on.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -55,9 +53,10 @@ def draw(generator, size=(128, 192), count=(5, 10)):
 def degrade(target, generator, stride=4):
     """What imperfect heads say -> logits [4, h, w] and detections (boxes, scores, categories).
 
-    Logits: the truth, blurred by three cells and mixed up by smooth noise. Boxes: the true ones,
-    25% smaller and moved by 10% of their size in a random direction. A fifth of them is found
-    twice, moved otherwise and with a lower score."""
+    Logits: the truth, blurred by three cells and mixed up by smooth noise. Boxes: the true ones;
+    each side is off by up to a quarter of the box's width or height, as often outwards as inwards,
+    so that no constant factor corrects them. A fifth of them is found twice, with other errors and
+    a lower score."""
     h, w = (n // stride for n in target.segments.shape)
     c = len(ISTHING)
     v = F.one_hot(target.categories[target.segments - 1], c).movedim(-1, 0)[None].float()
@@ -67,14 +66,12 @@ def degrade(target, generator, stride=4):
     things = torch.where(ISTHING[target.categories])[0]
     twice = things[torch.rand(len(things), generator=generator) < .2]
     chosen = torch.cat([things, twice])
-    low, high = target.boxes[chosen].split(2, 1)
-    angle = 2 * math.pi * torch.rand(len(chosen), generator=generator)
-    size = high - low
-    middle = (low + high) / 2 + .1 * size * torch.stack([angle.cos(), angle.sin()], 1)
+    boxes = target.boxes[chosen]
+    size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    boxes = boxes + uniform(generator, -.25, .25, *boxes.shape) * size
     scores = torch.cat([uniform(generator, .75, 1, len(things)),
                         uniform(generator, .5, .75, len(twice))])
-    return logits[0], {"boxes": torch.cat([middle - .375 * size, middle + .375 * size], 1),
-                       "scores": scores, "categories": target.categories[chosen]}
+    return logits[0], {"boxes": boxes, "scores": scores, "categories": target.categories[chosen]}
 
 
 def scene(i, size=(128, 192), count=(5, 10)):

@@ -1,14 +1,15 @@
 """The demo of affinity_head.py: what affinities cost, and a head that gives objects more than their
-boxes. On balls and crates (lab/balls.py) with boxes that are 25% too small.
+boxes. On balls and crates (lab/balls.py) whose boxes are wrong by up to a quarter on each side.
 
-The gain is not affinity's alone. Every box is too small by the same share, so a constant undoes it:
-Seamless's rules on boxes enlarged by 4/3 reach the same PQ as the head. And of all readings only
-the head sees the image. How much affinities themselves add is an open experiment.
+    python -m lab.demo_affinity [--seeds 5] [--steps 800]      three networks a seed, intervals
+
+The head sees the image, and rules do not. So the gain of the head over the rules is not affinity's
+alone. Two controls: boxes enlarged by the constant that is best on training images; a network of
+the same encoder that corrects the semantic logits V, without affinity. What refutes the claim that
+affinity itself helps: the head is not above both controls together.
 """
+import json
 import math
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,83 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from affinity_head import (IGNORE, InstanceAffinityHead, apply_affinity, box_gate,
-                           dynamic_potential, match_segments, panoptic_matching_loss, segment)
+from affinity_head import (IGNORE, InstanceAffinityHead, box_gate, dynamic_potential,
+                           match_segments, panoptic_matching_loss, segment)
+from data import semantic_target
+from lab import costs, ends
 from lab.balls import ISTHING, scene
 from lab.draw import new_figure, pyplot, save
+from lab.intervals import paired_t
+from lab.runs import write_json
 from pq import PanopticQuality
 from seamless import fuse
 
-PAPER = dict(hw=200 * 325, channels=128, potentials=153)       # 800x1300, C, D + N_st
 TEST = 10 ** 7                                                 # the first image of the test split
 LARGE = dict(size=(256, 384), count=(20, 40))                  # four times as many pixels, objects
-
-
-# --- The cost of A Psi ------------------------------------------------------------------------
-
-def multiply_adds(hw, channels, potentials):
-    """Multiply-adds of Q (Q^T Psi) and of (Q Q^T) Psi for Q [hw, C] and Psi [hw, K]."""
-    return 2 * hw * channels * potentials, hw ** 2 * (channels + potentials)
-
-
-def resident(peak=False):
-    """Bytes of memory that this process holds now, or held at most. Linux knows both. Elsewhere it
-    is the peak, which includes that of the process that started this one."""
-    key = "VmHWM:" if peak else "VmRSS:"
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def measure(order, sizes, channels=128, potentials=153):
-    """Prints pixels, seconds and peak bytes beyond Q and Psi for each number of pixels, ascending:
-    order "right" computes Q (Q^T Psi), "left" (Q Q^T) Psi."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    torch.set_num_threads(2)
-    warm = torch.rand(1024, 1024, device=device)               # loads the libraries
-    for _ in range(3):
-        apply_affinity(warm, warm)
-        warm @ warm.T @ warm
-    for hw in sizes:
-        q, psi = (torch.rand(hw, n, device=device) for n in (channels, potentials))
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if cuda else resident()
-        started = time.perf_counter()
-        out = apply_affinity(q, psi) if order == "right" else q @ q.T @ psi / hw
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() if cuda else resident(peak=True)
-        print(hw, seconds, max(peak - before, out.numel() * 4), flush=True)
-        del q, psi, out
-
-
-def measured(order, sizes):
-    """`measure` in a process of its own, with a peak of its own -> {pixels: (seconds, bytes)}."""
-    command = [sys.executable, "-m", "lab.demo_affinity", order, *map(str, sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parent.parent)
-    rows = [line.split() for line in done.stdout.splitlines()]
-    return {int(hw): (float(seconds), float(size)) for hw, seconds, size in rows}
-
-
-def print_costs(left, right):
-    """The paper's numbers beside ours; left, right: what `measured` returned."""
-    (cheap, dense), hw, most = multiply_adds(*PAPER.values()), PAPER["hw"], max(left)
-    (seconds, size), (dense_seconds, dense_size) = right[hw], left[most]
-    print(f"""800x1300 pixels, d = 4, C = 128, 100 + 53 channels        paper | here
-  A in float32                                          15.7 GB | {4 * hw ** 2 / 2 ** 30:.1f} GiB
-  Q (Q^T Psi), operations                             5 billion | {2 * cheap / 1e9:.2f} billion
-  saved against (Q Q^T) Psi                               99.8% | {100 * (1 - cheap / dense):.1f}%
-  measured: Q (Q^T Psi) of {hw} pixels | {seconds:.2f} s, {size / 2 ** 20:.0f} MiB
-  measured: (Q Q^T) Psi of {most} pixels | {dense_seconds:.2f} s, {dense_size / 2 ** 20:.0f} MiB""",
-          flush=True)
+ARGMAX, RULES, HEAD = "argmax over the potential", "Seamless's rules", "affinity head"
+CORRECTED, BOTH = "V corrected: argmax", "affinity head on corrected V"
+NETS = {HEAD: {}, CORRECTED: dict(corrects=True, affinity=False), BOTH: dict(corrects=True)}
 
 
 # --- A head that learns on small boxes --------------------------------------------------------
@@ -127,65 +67,119 @@ class Encoder(nn.Module):
         return f
 
 
-def potential(image, logits, found):
-    """Psi and the categories of its channels, of a scene."""
-    return dynamic_potential(found, logits, ISTHING, image_size=image.shape[1:])
+class Net(nn.Module):
+    """An encoder and what learns from it. corrects: two convolutions that correct the logits V;
+    affinity: the affinity head."""
+
+    def __init__(self, corrects=False, affinity=True, width=32):
+        super().__init__()
+        n = len(ISTHING)
+        self.encoder, self.correct, self.head = Encoder(width), None, None
+        if corrects:
+            self.correct = nn.Sequential(nn.Conv2d(width + n, width, 3, padding=1), nn.ReLU(),
+                                         nn.Conv2d(width, n, 1))
+        if affinity:
+            self.head = InstanceAffinityHead(width, 64)
+
+    def forward(self, images, logits, found):
+        """images [B, 3, H, W], logits [B, 4, h, w], detections of each -> logits, corrected or not;
+        P of each image (Psi without a head); the categories of its channels."""
+        features, size = self.encoder(images), tuple(images.shape[2:])
+        if self.correct:
+            logits = logits + self.correct(torch.cat([features[4], logits], 1))
+        psi, channels = zip(*(dynamic_potential(f, v, ISTHING.to(v.device), image_size=size)
+                              for f, v in zip(found, logits)))
+        return logits, self.head(features, psi) if self.head else psi, channels
 
 
-def mean_loss(outputs, batch):
-    """The matching loss of P [K, h, w] of each of a list of scenes, their mean."""
-    losses = [panoptic_matching_loss(p.cpu(), found, target, isthing=ISTHING)
-              for p, (_, target, _, found) in zip(outputs, batch)]
-    return sum(losses) / len(losses)
+def on(device, scenes):
+    """A list of scenes -> images, logits, detections on a device; targets."""
+    images, targets, logits, found = zip(*scenes)
+    found = [{k: v.to(device) for k, v in f.items()} for f in found]
+    return torch.stack(images).to(device), torch.stack(logits).to(device), found, targets
 
 
-def train(encoder, head, steps, device):
-    """Encoder and head learn from the panoptic matching loss alone, `steps` steps of 8 images."""
-    parameters, began = [*encoder.parameters(), *head.parameters()], time.time()
-    optimiser = torch.optim.AdamW(parameters, 2e-3, weight_decay=1e-4)
+def train(net, steps, device):
+    """`net` learns `steps` steps of 8 images: the head from the panoptic matching loss, the
+    corrected logits from the cross entropy with the true categories."""
+    began, n = time.time(), len(ISTHING)
+    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-4)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        batch = [scene(8 * step + k) for k in range(8)]
-        psi = [potential(image, logits, found)[0].to(device) for image, _, logits, found in batch]
-        outputs = head(encoder(torch.stack([image for image, *_ in batch]).to(device)), psi)
-        loss = mean_loss(outputs, batch)
+        images, logits, found, targets = on(device, [scene(8 * step + k) for k in range(8)])
+        logits, outputs, _ = net(images, logits, found)
+        losses = {}
+        if net.head:
+            each = [panoptic_matching_loss(p.cpu(), {k: v.cpu() for k, v in f.items()}, t,
+                                           isthing=ISTHING)
+                    for p, f, t in zip(outputs, found, targets)]
+            losses["P"] = sum(each) / len(each)
+        if net.correct:
+            truth = torch.stack([semantic_target(t)[2::4, 2::4] for t in targets])
+            losses["V"] = F.cross_entropy(logits.cpu(), truth, ignore_index=IGNORE)
         optimiser.zero_grad()
-        loss.backward()
+        sum(losses.values()).backward()
         optimiser.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"step {step + 1}/{steps}  loss of P {loss.item():.3f}, of Psi "
-                  f"{mean_loss(psi, batch).item():.3f}  {time.time() - began:.0f} s", flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            print(f"step {step + 1}/{steps}  " + "  ".join(
+                f"loss of {k} {v.item():.3f}" for k, v in losses.items())
+                + f"  {time.time() - began:.0f} s", flush=True)
+    return net.eval()
 
 
-def rules(logits, found, size, factor=1.0):
-    """Seamless's fusion of a scene without masks; an object's mask is its category in its box,
-    enlarged by `factor` -> segments, categories, scores."""
-    semantic = F.interpolate(logits.softmax(0)[None], size=size, mode="bilinear")[0].argmax(0)
+def enlarged(found, factor):
+    """Detections whose boxes are `factor` times as large."""
     low, high = found["boxes"].split(2, 1)
     middle, half = (low + high) / 2, factor * (high - low) / 2
-    boxes = torch.cat([middle - half, middle + half], 1)
-    masks = box_gate(boxes, size, size) & (semantic == found["categories"][:, None, None])
+    return {**found, "boxes": torch.cat([middle - half, middle + half], 1)}
+
+
+def rules(logits, found, size):
+    """Seamless's fusion of a scene without masks; an object's mask is its category in its box ->
+    segments, categories, scores."""
+    semantic = F.interpolate(logits.softmax(0)[None], size=size, mode="bilinear")[0].argmax(0)
+    masks = box_gate(found["boxes"], size, size) & (semantic == found["categories"][:, None, None])
     return fuse(masks, found["scores"], found["categories"], semantic=semantic, isthing=ISTHING,
                 stuff_area=0)
 
 
+def best_factor(count=40):
+    """The constant by which boxes are enlarged so that the rules have the highest PQ on `count`
+    training images."""
+    scores = {}
+    for factor in (0.9, 1.0, 1.1, 1.2, 1.3, 1.4):
+        quality = PanopticQuality(ISTHING)
+        for i in range(count):
+            image, target, logits, found = scene(i)
+            segments, categories, _ = rules(logits, enlarged(found, factor), image.shape[1:])
+            quality.update(segments, categories, target.segments, target.categories)
+        scores[factor] = quality.compute()["PQ"]
+    return max(scores, key=scores.get)
+
+
 @torch.no_grad()
-def read(encoder, head, indices, device, sum_over=None, **how):
-    """Images `indices` by each reading -> {reading: what PanopticQuality computes}. `sum_over`:
-    affinities are divided by this number and not by HW: a sum, with the weight of small images."""
+def read(nets, indices, device, factor=1.0, sum_over=None, **how):
+    """Images `indices` by each reading -> {reading: what PanopticQuality computes}. nets: {name: a
+    trained Net}, read by argmax, and by the rules if it corrects V. factor: of `enlarged`.
+    sum_over: affinities are divided by this number and not by HW: a sum, with the weight of small
+    images."""
     scores = {}
     for i in indices:
         image, target, logits, found = scene(i, **how)
         size = tuple(image.shape[1:])
-        psi, channels = potential(image, logits, found)
-        p = head(encoder(image[None].to(device)), [psi.to(device)])[0].cpu()
-        if sum_over:
-            p = psi + (p - psi) * psi[0].numel() / sum_over
-        results = {
-            "argmax over the potential": segment(psi, channels, found["scores"], size=size),
-            "Seamless's fusion heuristic": rules(logits, found, size),
-            "affinity head": segment(p, channels, found["scores"], size=size),
-            "the heuristic, boxes x 4/3": rules(logits, found, size, factor=4 / 3)}
+        psi, channels = dynamic_potential(found, logits, ISTHING, image_size=size)
+        results = {ARGMAX: segment(psi, channels, found["scores"], size=size),
+                   RULES: rules(logits, found, size),
+                   f"{RULES}, boxes enlarged": rules(logits, enlarged(found, factor), size)}
+        for name, net in nets.items():
+            v, (p,), _ = net(*on(device, [(image, target, logits, found)])[:3])
+            p, v = p.cpu(), v[0].cpu()
+            if sum_over:
+                p = psi + (p - psi) * psi[0].numel() / sum_over
+            results[name] = segment(p, channels, found["scores"], size=size)
+            if net.correct and not net.head:
+                results[name.replace("argmax", "rules") + ", boxes enlarged"] = rules(
+                    v, enlarged(found, factor), size)
         for name, (segments, categories, _) in results.items():
             score = scores.setdefault(name, PanopticQuality(ISTHING))
             score.update(segments, categories, target.segments, gt_categories=target.categories)
@@ -195,7 +189,7 @@ def read(encoder, head, indices, device, sum_over=None, **how):
 def print_rows(rows):
     """Reading, PQ, things, stuff."""
     for name, result in rows.items():
-        print(f"  {name:30s}" + "".join(f" {result[k]:7.1f}" for k in ("PQ", "PQ_th", "PQ_st")))
+        print(f"  {name:42s}" + "".join(f" {result[k]:7.1f}" for k in ("PQ", "PQ_th", "PQ_st")))
 
 
 def show(steps, device="cpu", out="figures"):
@@ -205,27 +199,28 @@ def show(steps, device="cpu", out="figures"):
     torch.set_num_threads(min(2, torch.get_num_threads()))
     quick, full = steps < 100, steps > 1000
     sizes = [1024, 2048, 4096] if quick else [1024, 2048, 4096, 8192, 16384]
-    left = measured("left", sizes)
-    more = [PAPER["hw"]] if quick else [32768, PAPER["hw"], 131072]
-    right = measured("right", sizes + more)
-    print_costs(left, right)
-    encoder, head = Encoder().to(device), InstanceAffinityHead(32, 64).to(device)
-    train(encoder, head, steps, device=device)
-    encoder.eval()
-    head.eval()
+    left = costs.measured("left", sizes)
+    hw = costs.PAPER["hw"]
+    right = costs.measured("right", sizes + ([hw] if quick else [32768, hw, 131072]))
+    costs.print_costs(left, right)
+    nets = {}
+    for name in (HEAD, CORRECTED):
+        print(name, flush=True)
+        nets[name] = train(Net(**NETS[name]).to(device), steps, device)
+    net, factor = nets[HEAD], best_factor(4 if quick else 40)
     unseen = range(TEST, TEST + (6 if quick else 500 if full else 150))
-    print(f"{len(unseen)} unseen images" + "PQ  things   stuff".rjust(35))
-    print_rows(read(encoder, head, unseen, device=device))
+    print(f"{len(unseen)} unseen images" + "PQ  things   stuff".rjust(47))
+    print_rows(read(nets, unseen, device, factor=factor))
+    print(f"boxes enlarged: {factor:g} times, the best on training images")
     print("Images of four times as many pixels and objects; the head was trained on small ones")
     some = unseen[:len(unseen) // 3]
-    mean = read(encoder, head, some, device=device, **LARGE)
-    total = read(encoder, head, some, device=device, sum_over=32 * 48, **LARGE)
-    print_rows({"argmax over the potential": mean["argmax over the potential"],
-                "head, A Psi / HW": mean["affinity head"],
-                "head, A Psi as a sum": total["affinity head"]})
-    cases = recovered(encoder, head, unseen[:60], device=device)
+    mean = read({HEAD: net}, some, device, **LARGE)
+    total = read({HEAD: net}, some, device, sum_over=32 * 48, **LARGE)
+    print_rows({ARGMAX: mean[ARGMAX], "head, A Psi / HW": mean[HEAD],
+                "head, A Psi as a sum": total[HEAD]})
+    cases = recovered(net.encoder, net.head, unseen[:60], device=device)
     draw_figure(Path(out, "affinity_head.png"), cases, left, right=right)
-    shapes.affinity_head(out, encoder, head)
+    shapes.affinity_head(out, net.encoder, net.head)
 
 
 # --- The figure -------------------------------------------------------------------------------
@@ -246,7 +241,7 @@ def recovered(encoder, head, indices, device):
     found_images = []
     for i in indices:
         image, target, logits, found = scene(i)
-        psi, _ = potential(image, logits, found)
+        psi, _ = dynamic_potential(found, logits, ISTHING, image_size=image.shape[1:])
         features = encoder(image[None].to(device))
         p = head(features, [psi.to(device)])[0].cpu()
         channel = match_segments(found, target, ISTHING)
@@ -296,22 +291,6 @@ def draw_image(axes, case):
         ax.axis("off")
 
 
-def draw_costs(axes, left, right):
-    """Peak memory and seconds of both orders over the number of pixels."""
-    for ax, part, label in zip(axes, (1, 0), ("peak memory, MiB", "seconds")):
-        for values, style, name in ((left, "s--", "(Q Qᵀ) Ψ"), (right, "o-", "Q (Qᵀ Ψ)")):
-            unit = 2 ** 20 if part else 1
-            ax.loglog(list(values), [v[part] / unit for v in values.values()], style, label=name)
-        ax.set(xlabel="pixels of the map, HW", ylabel=label)
-        ax.grid(alpha=.3)
-    n = torch.tensor([1024., 131072.])
-    axes[0].loglog(n, n ** 2 * 4 / 2 ** 20, ":", color="grey", label="4 (HW)² bytes, the matrix A")
-    axes[0].axvline(PAPER["hw"], color="grey", lw=.8)
-    axes[0].set_xlabel("pixels of the map, HW; grey line: the paper's")
-    for ax in axes:
-        ax.legend()
-
-
 def draw_figure(path, cases, left, right):
     """Three images of `recovered` above, the costs below."""
     figure = new_figure(6)
@@ -322,9 +301,39 @@ def draw_figure(path, cases, left, right):
     for ax, title in zip(rows[0], ("image and its boxes", "argmax of potential Ψ",
                                    "affinities of the cross", "argmax of answer P", "truth")):
         ax.set_title(title)
-    draw_costs(lower.subplots(1, 2), left, right=right)
+    costs.draw_costs(lower.subplots(1, 2), left, right=right)
     save(figure, path)
 
 
+# --- Seeds ------------------------------------------------------------------------------------
+
+def compare(seeds, steps, out, device="cpu", count=150):
+    """Three networks a seed -> prints means and paired differences of PQ; writes OUT.json."""
+    out, rows = Path(out), {}
+    out = out.with_suffix(".json")
+    done = json.loads(out.read_text()) if out.exists() else {}
+    for seed in map(str, range(seeds)):
+        if seed not in done:
+            torch.manual_seed(int(seed))
+            nets = {name: train(Net(**how).to(device), steps, device) for name, how in NETS.items()}
+            found = read(nets, range(TEST, TEST + count), device, factor=best_factor())
+            done[seed] = {n: {k: r[k] for k in ("PQ", "PQ_th", "PQ_st")} for n, r in found.items()}
+            write_json(out, done)
+        for name, result in done[seed].items():
+            rows.setdefault(name, []).append(result)
+    print_rows({name: {k: sum(m[k] for m in v) / len(v) for k in v[0]} for name, v in rows.items()})
+    for name in rows:
+        changes = (paired_t(*([m[k] for m in rows[n]] for n in (HEAD, name)))
+                   for k in ("PQ", "PQ_th", "PQ_st"))
+        print(f"{HEAD} - {name}: " + ", ".join("{:+.1f} [{:+.1f}, {:+.1f}]".format(*c)
+                                               for c in changes))
+
+
 if __name__ == "__main__":
-    measure(sys.argv[1], [int(n) for n in sys.argv[2:]])
+    with ends.one_sentence("lab.demo_affinity"):
+        parser = ends.Parser(__doc__)
+        parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...; default: 5 of them")
+        parser.add_argument("--steps", type=int, default=800)
+        parser.add_argument("--device", default="cpu", help="cpu or cuda")
+        parser.add_argument("--out", default="runs/affinity.json", help="keeps what is measured")
+        compare(**vars(parser.parse_args()))

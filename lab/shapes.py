@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from adaptis import sample_points
-from affinity_head import InstanceAffinityHead, segment
+from affinity_head import InstanceAffinityHead, dynamic_potential, segment
 from ibs import mask_logits
 from lab import balls, demo_adaptis, demo_affinity, demo_ibs, ends, unified
 from lab.draw import draw
@@ -145,7 +145,7 @@ def affinity_head(out="figures", encoder=None, head=None):
     encoder = (encoder or demo_affinity.Encoder()).cpu().eval()
     head = (head or InstanceAffinityHead(32, 64)).cpu().eval()
     image, _, logits, found = balls.scene(demo_affinity.TEST)
-    psi, channels = demo_affinity.potential(image, logits, found)
+    psi, channels = dynamic_potential(found, logits, balls.ISTHING, image_size=image.shape[1:])
     middle = found["boxes"][0].view(2, 2).mean(0)
     with recorded(encoder) as below, recorded(head, "factors", "apply_affinity") as calls:
         features = encoder(image[None])
