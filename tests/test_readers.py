@@ -175,23 +175,12 @@ def idd_tree(root):
     return city_tree(root, "idd", [[0, 1, 255], [4, 4000, 9001]], "gtFine_instancelevel3Ids")
 
 
-def coco_tree(root, split="val2017", labels="annotations/panoptic_val2017", images="val2017"):
-    coco(root, split)
-    labels = root / labels
-    return dict(read=lambda: CocoPanoptic(root, split), root=root, folder=root / split,
+def coco_tree(root):
+    coco(root)
+    labels = root / "annotations/panoptic_val2017"
+    return dict(read=lambda: CocoPanoptic(root, "val2017"), root=root, folder=root / "val2017",
                 labels=labels, json=labels.with_suffix(".json"), label=labels / "0001.png",
-                image=root / images / "0001.jpg")
-
-
-def vistas_tree(root):
-    t = coco_tree(root, "validation", "validation/v2.0/panoptic", "validation/images")
-    t["folder"].rename(root / "images")
-    (root / "validation/v2.0").mkdir(parents=True)
-    (root / "images").rename(root / "validation/images")
-    (root / "annotations/panoptic_validation").rename(t["labels"])
-    t["json"] = t["labels"] / "panoptic_2020.json"
-    (root / "annotations/panoptic_validation.json").rename(t["json"])
-    return t
+                image=root / "val2017/0001.jpg")
 
 
 def put(content, kind="PNG"):
@@ -257,7 +246,7 @@ JSON = [
 
 @pytest.mark.parametrize("build, part, damage, words", [
     *((build, *row) for build in (city_tree, idd_tree) for row in FILES + LABELS),
-    *((build, *row) for build in (coco_tree, vistas_tree) for row in FILES + JSON)])
+    *((coco_tree, *row) for row in FILES + JSON)])
 def test_damage_is_named_in_one_sentence(tmp_path, build, part, damage, words):
     t = build(tmp_path / "data")
     assert len(list(t["read"]()))
