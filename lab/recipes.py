@@ -131,10 +131,14 @@ RECIPES["maskrcnn", "parking"] = dict(
     fit=dict(batch=6, steps=1280, lr=0.04, warmup=50, drops=(0.65, 0.9), interval=100))
 
 # --- AdaptIS (Sofiiuk et al. 2019) --------------------------------------------------------------
-# Choice: a toy of a quarter of the real size, from scratch: one rate for all parts.
+# Choice: a toy of a quarter of the real size, from scratch: one rate for all parts. Windows of
+# 128x192 instead of whole crops: so 16 points an image take the time of 6 (150 images of val, one
+# seed: PQ 58.3, before 56.0). It stays behind Seamless for its masks, not for its search: with 6
+# points, a point in the middle of a true thing gave a mask of IoU > 1/2 for 34% of 800 things, for
+# none below 64 pixels, for 70% above 1024.
 RECIPES["adaptis", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(window=(192, 384), radius=70.0, points=6, threshold=0.4, width=32, blocks=3,
+    model=dict(window=(128, 192), radius=48.0, points=16, threshold=0.4, width=32, blocks=3,
                per_round=8, patience=200, min_area=16, proposals=0.12),
     crops=dict(mode="uniform", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
     fit=dict(batch=4, steps=950, lr=0.002, lr_body=0.002, warmup=50, cosine=True, decay=0.0))
