@@ -119,6 +119,7 @@ def draw(rows, path):
 
 
 def main(argv=None):
+    """-> {row: [metrics of each seed]}."""
     parser = ends.Parser(__doc__)
     parser.add_argument("--family", choices=list(demo_ibs.FAMILIES), default="kernels")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=USUAL, metavar="ROW",
@@ -150,6 +151,7 @@ def main(argv=None):
     print(f"\n{flags.family}, {flags.steps} steps, {flags.images} images of {flags.split}\n"
           + table(rows, pairs))
     draw(rows, folder / f"confusion-{flags.family}.png")
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does ISUS help the coarse levels of a pyramid? Four ways to sample crops, seeds, intervals.
 
-    python -m lab.octaves [--seeds 5] [--arms ARM ...] [--out DIR] [--threads N]
+    python -m lab.octaves [--seeds 5] [--arms ARM ...] [--street] [--out DIR] [--threads N]
 
 Question: detectors learn from crops by CUS or by ISUS. Which finds large things better on whole
 images, which are rare in training? All arms see as many crops, placed alike: at the category.
@@ -15,12 +15,15 @@ not above that of CUS, wide: over five seeds the 95% interval of the paired diff
 
 The world lets ISUS act: one to three things an image; eight times fewer things on each next level;
 images are drawn at four times the size of test images, so enlarging shows detail instead of blur.
+--street: the toy street instead, drawn at four times its size, likewise.
 A run that DIR has already is not repeated: start two programs with arms of their own, then one
 with all.
 """
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +36,31 @@ from lab import demo_ibs, ends, folders, runs
 from lab.ap import AveragePrecision
 from lab.draw import new_figure, save
 from lab.intervals import paired_t
+from lab.street import StreetScenes
 from lab.worlds import SEEDS, Drawn
 
 SIDE, DETAIL = 128, 4                                          # of test images; drawn times larger
 CANONICAL, LEVELS = 32, 4                                      # level 1: sizes of 8 to 16 pixels
-WIDE, WINDOW, BATCH = (1 / 8, 8.0), (96, 96), 8
-FILL = math.pi / 4                                             # an ellipse's share of its box
-AREAS = {"": (0, 1e10), **{f"_{k}": tuple(FILL * (CANONICAL * 2.0 ** (k - e)) ** 2 for e in (3, 2))
-                           for k in range(1, LEVELS + 1)}}     # of masks, for each level
 COLUMNS = [f"AP_{k}" for k in range(1, LEVELS + 1)]
+
+
+class Setting(NamedTuple):
+    """What differs between the two worlds."""
+    train: Callable        # number of images -> what crops are taken from
+    tests: dict            # name -> function of number of images and seed
+    size: tuple            # of test images; the first number is s0
+    canonical: int         # of the network and of ISUS
+    wide: tuple            # limits of sigma
+    window: tuple          # of crops
+    batch: int
+    model: dict            # keywords of Seamless
+    fill: float            # area of a mask as a share of its box, to tell levels by area
+
+    def areas(self):
+        """Limits of mask areas for each level, of lab/ap.py; the first and the last are open."""
+        ends = [self.fill * (self.canonical * 2.0 ** (k - 2)) ** 2 for k in range(LEVELS - 1)]
+        pairs = zip([0, *ends], [*ends, 1e10])
+        return {"": (0, 1e10), **{c.removeprefix("AP"): pair for c, pair in zip(COLUMNS, pairs)}}
 
 
 # --- The world --------------------------------------------------------------------------------
@@ -126,6 +145,20 @@ class Octaves:
         return inside
 
 
+SETTINGS = {
+    "octaves": Setting(
+        train=lambda n: Octaves(n, SEEDS["train"]),
+        tests={"natural": lambda n, seed: Octaves(n, seed),
+               "balanced": lambda n, seed: Octaves(n, seed, natural=False)},
+        size=(SIDE, SIDE), canonical=CANONICAL, wide=(1 / 8, 8.0), window=(96, 96), batch=8,
+        model=dict(anchor_scale=3), fill=math.pi / 4),
+    "street": Setting(
+        train=lambda n: StreetScenes(n, size=(DETAIL * 256, DETAIL * 512), seed=SEEDS["train"]),
+        tests={"natural": lambda n, seed: StreetScenes(n, seed=seed)},
+        size=(256, 512), canonical=56, wide=(1 / 8, 8.0), window=(128, 256), batch=4,
+        model=dict(anchor_scale=4, ratios=(0.2, 0.5, 1, 2, 5)), fill=0.6)}
+
+
 # --- The arms ---------------------------------------------------------------------------------
 
 class LogUniform(isus.CropSampler):
@@ -134,83 +167,83 @@ class LogUniform(isus.CropSampler):
     def crop(self, k):
         """Crop number k; its sigma depends on (seed, k) alone, as the rest does."""
         digest = hashlib.sha256(f"sigma {self.seed} {k}".encode()).digest()
-        share = int.from_bytes(digest[:4], "big") / 2 ** 32
-        sigma = WIDE[0] * (WIDE[1] / WIDE[0]) ** share
+        low, high = self.scale_things
+        sigma = low * (high / low) ** (int.from_bytes(digest[:4], "big") / 2 ** 32)
         self.scale = (sigma, sigma)
         return super().crop(k)
 
 
 ARMS = {"one scale": (isus.CropSampler, dict(mode="uniform", scale=(1.0, 1.0))),
         "CUS, narrow": (isus.CropSampler, dict(mode="cus", scale=(0.5, 2.0))),
-        "CUS, wide": (LogUniform, dict(mode="cus")),
-        "ISUS": (LogUniform, dict(mode="isus", scale_things=WIDE))}
+        "CUS, wide": (LogUniform, dict(mode="cus")), "ISUS": (LogUniform, dict(mode="isus"))}
 
 
-def sampler(arm, scenes, index, seed=0):
+def sampler(arm, setting, scenes, index, seed=0):
     """The crops of an arm, without end."""
     kind, how = ARMS[arm]
-    return kind(scenes, index, size=WINDOW, short_side=SIDE, canonical=CANONICAL, batch=BATCH,
-                seed=seed, **how)
+    return kind(scenes, index, size=setting.window, short_side=setting.size[0], seed=seed,
+                canonical=setting.canonical, scale_things=setting.wide, batch=setting.batch, **how)
 
 
-def shown(arm, scenes, index, count=400):
+def shown(source, isthing, count=400):
     """How many things of levels 1 to 4, by whole boxes, `count` crops show -> int64 [4]."""
-    source, boxes = sampler(arm, scenes, index), []
+    boxes = []
     for k in range(count):
         _, t = source.crop(k)
-        boxes.append(t.full_boxes[t.categories > 0])
-    level = pyramid_level(torch.cat(boxes), LEVELS, canonical=CANONICAL)
+        boxes.append(t.full_boxes[isthing[t.categories]])
+    level = pyramid_level(torch.cat(boxes), LEVELS, canonical=source.canonical)
     return level.bincount(minlength=LEVELS + 1)[1:]
 
 
-def reached(index, draws=10):
-    """Of levels drawn for the things of an index: the share that sigma within WIDE reaches."""
+def reached(setting, index, isthing, draws=10):
+    """Of levels drawn for the things of an index: the share that sigma in `wide` reaches."""
     g, hits = torch.Generator().manual_seed(0), []
-    for box in index.box[index.category > 0] / DETAIL:
+    for box in index.box[isthing[index.category]] / DETAIL:
         for _ in range(draws):
             level = int(torch.randint(1, LEVELS + 1, (), generator=g))
-            sigma = isus.scale_for_level(box, level, WIDE, generator=g, canonical=CANONICAL)
-            found = pyramid_level(sigma * box[None], LEVELS, canonical=CANONICAL)
+            sigma = isus.scale_for_level(box, level, setting.wide, generator=g,
+                                         canonical=setting.canonical)
+            found = pyramid_level(sigma * box[None], LEVELS, canonical=setting.canonical)
             hits.append(int(found) == level)
     return sum(hits) / len(hits)
 
 
 # --- Training and measuring -------------------------------------------------------------------
 
-def detector(categories):
-    """A small Seamless whose anchors and levels fit the world, with the standard box loss."""
+def detector(setting, categories):
+    """A small Seamless whose levels fit the world, with the standard box loss."""
     body = seamless.resnet_fpn("small", 64)
-    return seamless.Seamless([c.isthing for c in categories], body, canonical=CANONICAL,
-                             anchor_scale=3, positive=0.5, rois=64, proposals=100, window=16)
+    return seamless.Seamless([c.isthing for c in categories], body, canonical=setting.canonical,
+                             positive=0.5, rois=64, proposals=100, window=16, **setting.model)
 
 
 @torch.no_grad()
-def box_ap(net, dataset):
-    """Box AP on whole images of 128x128 -> {"AP": all, "AP_1" to "AP_4": of a level}."""
-    meter = AveragePrecision(len(dataset.categories), kind="box", areas=AREAS)
+def box_ap(net, dataset, setting):
+    """Box AP on whole images at sigma = 1 -> {"AP": all, "AP_1" to "AP_4": of a level}."""
+    meter = AveragePrecision(len(dataset.categories), kind="box", areas=setting.areas())
     isthing, device = net.isthing.cpu(), net.isthing.device
     for i in range(len(dataset)):
-        image, t = crop(dataset[i], 0, 0, (SIDE, SIDE), size=(SIDE, SIDE))
+        image, t = crop(dataset[i], 0, 0, setting.size, size=setting.size)
         found = net.predict(image.to(device)).instances
         meter.update(*(found[k].cpu() for k in ("boxes", "scores", "categories")), t.segments,
-                     t.categories, isthing=isthing)
+                     t.categories, t.crowd, isthing=isthing)
     return {k: v for k, v in meter.compute().items() if k in ("AP", *COLUMNS)}
 
 
 def measured(arm, seed, flags, folder):
     """Trains and measures one detector, unless `folder` holds it -> its metrics."""
-    label = arm.replace(",", "").replace(" ", "-")
-    path = folder / f"{label}-{flags.steps}-{flags.split}-{seed}" / "metrics.json"
+    label, setting = arm.replace(",", "").replace(" ", "-"), SETTINGS[flags.world]
+    path = folder / f"{flags.world}-{label}-{flags.steps}-{flags.split}-{seed}" / "metrics.json"
     if not path.exists():
-        scenes = Drawn(Octaves(flags.training, SEEDS["train"]))
+        scenes = Drawn(setting.train(flags.training))
         index = isus.build_index(scenes)
         torch.manual_seed(seed)
-        net = detector(scenes.categories).to(flags.device)
-        source = iter(sampler(arm, scenes, index, seed=seed))
-        seconds = demo_ibs.learn(net, source, flags.steps, rate=0.002, clip=10.0)
-        found = {name: box_ap(net, Octaves(flags.images, SEEDS[flags.split], natural=natural))
-                 for name, natural in (("natural", True), ("balanced", False))}
-        found["shown"] = shown(arm, scenes, index).tolist()
+        net = detector(setting, scenes.categories).to(flags.device)
+        source = sampler(arm, setting, scenes, index, seed=seed)
+        seconds = demo_ibs.learn(net, iter(source), flags.steps, rate=0.002, clip=10.0)
+        found = {name: box_ap(net, data(flags.images, SEEDS[flags.split]), setting)
+                 for name, data in setting.tests.items()}
+        found["shown"] = shown(source, net.isthing.cpu()).tolist()
         hardware = runs.World(flags.device, threads=flags.threads).hardware()
         found["run"] = dict(seed=seed, hardware=hardware, minutes=seconds / 60, steps=flags.steps)
         runs.write_json(folders.make_folder(path.parent) / "metrics.json", found)
@@ -239,7 +272,8 @@ def table(rows, images, best="ISUS"):
 def draw(rows, scenes, path):
     """An image of the world, what the crops of each arm show, and AP by level."""
     figure = new_figure(3)
-    left, middle, *right = figure.subplots(1, 4, width_ratios=(1, 1, 1.2, 1.2))
+    tests = [k for k in ("natural", "balanced") if k in next(iter(rows.values()))[0]]
+    left, middle, *right = figure.subplots(1, 2 + len(tests))
     left.imshow(scenes[1].image.permute(1, 2, 0))
     left.set_axis_off()
     left.set_title("an image")
@@ -248,7 +282,7 @@ def draw(rows, scenes, path):
         at = levels + width * (k + 0.5) - 0.4
         counts = np.mean([m["shown"] for m in seeds], 0)
         middle.bar(at, 100 * counts / counts.sum(), width, color=f"C{k}")
-        for ax, images in zip(right, ("natural", "balanced")):
+        for ax, images in zip(right, tests):
             values = np.array([[m[images][c] for c in COLUMNS] for m in seeds], float)
             ax.bar(at, values.mean(0), width, color=f"C{k}", alpha=0.6, label=arm)
             for row in values:
@@ -262,11 +296,14 @@ def draw(rows, scenes, path):
 
 
 def main(argv=None):
+    """-> {arm: [metrics of each seed]}."""
     parser = ends.Parser(__doc__)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM",
                         help=f"of {', '.join(map(repr, ARMS))}; default: all")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ...; default: 5 of them")
     parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--street", dest="world", action="store_const", const="street",
+                        default="octaves", help="the toy street, drawn at four times its size")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--training", type=int, default=400, help="images; default: 400")
     parser.add_argument("--images", type=int, default=300, help="to be measured; default: 300")
@@ -275,18 +312,20 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/octaves")
     flags = parser.parse_args(argv)
     runs.World(flags.device, threads=flags.threads)
-    folder, rows = folders.make_folder(flags.out), {}
-    scenes = Octaves(flags.training, SEEDS["train"])
-    share = reached(isus.build_index(Drawn(scenes)))
+    folder, rows, setting = folders.make_folder(flags.out), {}, SETTINGS[flags.world]
+    some = setting.train(min(flags.training, 40))
+    isthing = torch.tensor([c.isthing for c in some.categories])
+    share = reached(setting, isus.build_index(Drawn(some)), isthing)
     print(f"ISUS reaches {share:.0%} of the levels that it draws", flush=True)
     for arm in flags.arms:
         rows[arm] = [measured(arm, seed, flags, folder) for seed in range(flags.seeds)]
-        print(f"{arm}: AP of levels 3, 4 on balanced images " + ", ".join(
-            f"{m['balanced']['AP_3']:.1f} {m['balanced']['AP_4']:.1f}" for m in rows[arm]),
-            flush=True)
-    for images in ("natural", "balanced"):
+        last = list(setting.tests)[-1]
+        print(f"{arm}: AP of levels 3, 4 on {last} images " + ", ".join(
+            f"{m[last]['AP_3']:.1f} {m[last]['AP_4']:.1f}" for m in rows[arm]), flush=True)
+    for images in setting.tests:
         print(f"\n{table(rows, images)}")
-    draw(rows, scenes, folder / "octaves.png")
+    draw(rows, some, folder / f"{flags.world}.png")
+    return rows
 
 
 if __name__ == "__main__":

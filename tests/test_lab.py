@@ -117,6 +117,18 @@ def test_each_network_draws_its_shapes_in_the_one_size_of_letters(tmp_path, monk
     assert not re.search("(font|label)size=", lab)
 
 
+def test_the_readme_says_what_became_of_each_main_claim():
+    """The word in the map is the verdict of the row of RESULTS.md that is the file's headline."""
+    rows = json.loads((report.RESULTS / "claims.json").read_text())["rows"]
+    main = {row["file"]: row["cells"][-1] for row in rows if row.get("headline")}
+    assert len(main) == 7 and {row["cells"][-1] for row in rows} == {
+        "reproduced", "in part", "not reproduced", "not testable here"}
+    readme = (report.ROOT / "README.md").read_text().splitlines()
+    for file, word in main.items():
+        assert any(line.startswith(f"| [`{file}`]") and f"| [{word}](RESULTS.md#the-claims" in line
+                   for line in readme), file
+
+
 def test_the_readme_names_files_that_exist():
     text = (ROOT / "README.md").read_text()
     for file, anchor, module in re.findall(r"\]\(([\w./]+)#?([\w-]*)\)|`(lab/[\w/]+\.py)`", text):
