@@ -42,7 +42,8 @@ def measured(name, weight, seed, flags, folder):
     mode, supervised, options = ROWS[name]
     weight = weight if supervised else 0.0
     label = name.replace(",", "").replace(" ", "-")
-    path = folder / f"{flags.family}-{label}-{weight:g}-{flags.split}-{seed}" / "metrics.json"
+    label = f"{flags.family}-{label}-{weight:g}-{flags.steps}-{flags.split}-{seed}"
+    path = folder / label / "metrics.json"
     if not path.exists():
         scenes = world("parking", "train", flags.training)
         net, seconds = demo_ibs.train(
