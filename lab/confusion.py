@@ -99,7 +99,7 @@ def table(rows, pairs):
     return "\n".join(lines)
 
 
-def draw(rows, path):
+def draw(rows, family, path):
     """Figure 5, and confusion on larger and larger parts of the images; a thin line for a seed."""
     figure = new_figure(3)
     left, right = figure.subplots(1, 2)
@@ -112,9 +112,10 @@ def draw(rows, path):
             ax.plot(x, y.mean(0), color=f"C{k}", lw=2, label=name)
             for line in y:
                 ax.plot(x, line, color=f"C{k}", lw=0.5, alpha=0.5)
-    left.set(xlabel="T, % of a true thing covered", ylabel="confused, %", ylim=(0, None))
+    left.set(xlabel="T, % of a true thing covered", ylabel="confused, %", ylim=(0, None),
+             title=f"{family}: predictions that cover T of two things")
     right.set(xlabel="size of the image; crops: 80x160", ylabel="confused at T = 25%, %",
-              ylim=(0, None))
+              ylim=(0, None), title=f"{family}: on larger and larger images")
     left.legend()
     save(figure, path)
 
@@ -151,7 +152,7 @@ def main(argv=None):
             pairs += [(label, without)] if supervised and without in rows else []
     print(f"\n{flags.family}, {flags.steps} steps, {flags.images} images of {flags.split}\n"
           + table(rows, pairs))
-    draw(rows, folder / f"confusion-{flags.family}.png")
+    draw(rows, flags.family, folder / f"confusion_{flags.family}.png")
     return rows
 
 
