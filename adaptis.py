@@ -119,8 +119,8 @@ class Controller(nn.Module):
 
 
 def conv(inputs, outputs):
-    """3x3 convolution, ReLU, batch norm: Figure 8. Choice: eps 0.01. A channel that is 0 on nearly
-    all images has a running variance of 0: eps 1e-5 multiplies its few values by 300."""
+    """3x3 convolution, ReLU, batch norm: Figure 8. Choice: eps 0.01. With 1e-5 a channel that is 0
+    on nearly all images, and so has a running variance of 0, multiplies the other ones by 300."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True),
                          nn.BatchNorm2d(outputs, eps=0.01, momentum=0.01))
 
@@ -151,8 +151,7 @@ class InstanceSelection(nn.Module):
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
       no numbers; released code has one AdaIN after three (as good: `python -m lab.variants`).
     Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
-    As in released code scales are 1 + the controller's, and the logit is x / 5 - 1.7: p starts near
-    .15, as most pixels are not the object's."""
+    As released: scales are 1 + the controller's, the logit is x / 5 - 1.7: p starts near .15."""
 
     def __init__(self, channels, stride, *, width=32, blocks=3, window=None, radius=280,
                  coordinates=True):
