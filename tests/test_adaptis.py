@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptis import (AdaIN, AdaptIS, InstanceSelection, RelativeCoordConv, UNet, adain, bilinear,
-                     binary_cross_entropy, example, focal_loss, local_maxima,
+                     binary_cross_entropy, conv, example, focal_loss, local_maxima,
                      normalized_focal_loss, sample_batch, sample_points,
                      segment_instances)
 from claims import claim
@@ -247,6 +247,12 @@ def test_relative_coordinates_are_their_definition(radius, stride):
 def head(stride=2, window=(8, 12), coordinates=True, radius=9, blocks=1):
     return lively(InstanceSelection(4, stride, width=5, blocks=blocks, window=window, radius=radius,
                                     coordinates=coordinates))
+
+
+def test_a_channel_that_was_always_silent_is_not_blown_up():
+    layer, image = conv(1, 1).eval(), torch.ones(1, 1, 5, 5)
+    nn.init.ones_(layer[0].weight), layer[2].running_var.zero_()       # 0 in all of training
+    assert 0 < layer(image).max() <= 10.01 * layer[:2](image).max()
 
 
 def convolved(layer, x):
