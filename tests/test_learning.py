@@ -93,15 +93,16 @@ def test_cells_are_learnt_in_five_minutes_and_larger_images_are_no_harder(tmp_pa
 
 @claim("li2020", "3.3", "the affinity head returns to objects what their boxes cut off",
        of="affinity_head.InstanceAffinityHead", figure="affinity_head.png",
-       result="Affinity head, detections with shrunk boxes: the demo")
+       result="Affinity head, detections with wrong boxes: the demo")
 def test_the_affinity_head_gives_objects_back_what_their_boxes_cut_off(tmp_path):
-    """`python affinity_head.py`: PQ at least 5 above argmax over the potential on 150 unseen
-    images. On four times as many pixels the mean over the pixels holds what the sum loses."""
+    """`python affinity_head.py`: on 150 unseen images PQ is above argmax over the potential by 7.5,
+    by 3.4 where the same encoder corrects V. On larger images the mean holds what the sum loses."""
     out = run(ROOT / "affinity_head.py", cwd=tmp_path)
-    rows = [(x[:32].strip(), float(x.split()[-3])) for x in out.splitlines()
+    rows = [(x[:42].strip(), float(x.split()[-3])) for x in out.splitlines()
             if x.startswith("  ") and "|" not in x]
-    small, large = dict(rows[:4]), dict(rows[4:])
+    small, large = dict(rows[:-3]), dict(rows[-3:])
     assert small["affinity head"] >= small["argmax over the potential"] + 5
+    assert small["affinity head"] >= small["V corrected: argmax"] + 1
     assert large["head, A Psi / HW"] > large["head, A Psi as a sum"]
     assert large["head, A Psi / HW"] > large["argmax over the potential"]
     assert (tmp_path / "figures" / "affinity_head.png").stat().st_size > 0
