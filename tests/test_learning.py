@@ -121,7 +121,6 @@ def test_crops_shrink_large_objects_and_cabb_shrinks_them_less():
             size = demo_cabb.draw_size(truth)
             rows.append(demo_cabb.ratios(truth, found, size, edges=demo_cabb.SIZES))
         mean = {k: torch.tensor([row[k] for row in rows]).mean(0) for k in demo_cabb.LOSSES}
-        print(telling, mean)
         assert (mean["CABB"] - mean["standard"])[3:].min() > 2 and mean["CABB"].max() < 113
         assert mean["CABB"][-1] > mean["cut sides ignored"][-1] + 5
         assert telling or mean["full box"][2:4].min() > 115
