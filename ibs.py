@@ -19,8 +19,8 @@ No new data or weights, no change at test. A mask that is empty already teaches 
 The claim. Panoptic FCN on Cityscapes (Table 2): PQ_th rises from 52.2 to 54.7, Acc_th from 81.3 to
 87.1, Prec_th from 86.8 to 92.6. Figure 5: confusion "drops significantly" (here: 39% to 16%).
 
-The rest. pq.py: Eq. 1-3 (`PanopticQuality`) and the measure of Figure 5 (`confusion_ratio`).
-lab/kernels.py, lab/queries.py: Panoptic FCN and Mask2Former. lab/outside.py: section 5.2.
+The rest. pq.py: Eq. 1-3, and the measure of Figure 5 (`confusion_ratio`). lab/kernels.py and
+lab/queries.py: Panoptic FCN, Mask2Former. lab/outside.py: section 5.2. lab/confusion.py: Table 3.
 
     python ibs.py [--quick] [--full] [--device D] [--out DIR]    example, five trainings, Figure 5
     pytest tests/test_ibs.py                                     the spec of this file
