@@ -6,9 +6,9 @@ boxes. On balls and crates (lab/balls.py) whose boxes are wrong by up to a quart
 The head sees the image, and rules do not. So the gain of the head over the rules is not affinity's
 alone. Two controls: boxes enlarged by the constant that is best on training images; a network of
 the same encoder that corrects the semantic logits V, without affinity. What refutes the claim that
-affinity itself helps: the head is not above both controls together. So it was with one seed:
-PQ 80.6, both controls 81.5; above the argmax over its own potential (73.1) and over a potential
-of corrected V (77.2) it was.
+affinity itself helps: the head is not above both controls together. With one seed it is not: PQ
+80.6, both controls 81.5. It is above the argmax over its own potential, 73.1, and above the argmax
+over a potential of corrected V, 77.2.
 """
 import json
 import math
@@ -37,7 +37,7 @@ CORRECTED, BOTH = "V corrected: argmax", "affinity head on corrected V"
 NETS = {HEAD: {}, CORRECTED: dict(corrects=True, affinity=False), BOTH: dict(corrects=True)}
 
 
-# --- A head that learns on small boxes --------------------------------------------------------
+# --- A head that learns on wrong boxes --------------------------------------------------------
 
 class Encoder(nn.Module):
     """A small pyramid: image [B, 3, H, W] -> {4, 8, 16, 32: [B, width, ..]}.
