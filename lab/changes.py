@@ -148,7 +148,7 @@ def measured(name, seed, folder, words):
         flags.set = [*settings, *flags.set]
         train.run(flags)
         state = runs.load_checkpoint(folder / "last.pt")
-        world = runs.World("cpu", threads=flags.threads or 0)
+        world = runs.World(flags.device, flags.precision, flags.threads or 0)
         val = worlds.world("street", "val", IMAGES)
         model = train.build_model(state["settings"], val.categories, world, state, folder)
         evaluate.evaluate(model, val, world, folder / "val", quiet=True, about=dict(

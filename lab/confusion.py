@@ -25,12 +25,14 @@ from lab.errors import Errors
 from lab.intervals import paired_t
 from lab.worlds import world
 
-# Name: mode of the sampler, whether there is IBS, options of the PairedCropSampler.
+# Name: mode of the sampler, whether there is IBS, options of demo_ibs.train.
 ROWS = {"whole images": ("full", False, {}),
         "crops": ("uniform", False, {}), "crops, IBS": ("uniform", True, {}),
         "pairs": ("paired", False, {}), "pairs, IBS": ("paired", True, {}),
         "pairs of stuff too, IBS": ("paired", True, dict(stuff=True)),
-        "pairs by box, IBS": ("paired", True, dict(measure="box"))}
+        "pairs by box, IBS": ("paired", True, dict(measure="box")),
+        "whole images, no coordinates": ("full", False, dict(model=dict(coordinates=False))),
+        "crops, no coordinates": ("uniform", False, dict(model=dict(coordinates=False)))}
 USUAL = list(ROWS)[:5]
 CROP, WHOLE = demo_ibs.CROP, (128, 256)
 QUALITY = ("PQ", "PQ_th", "PQ_st", "Acc_th", "Prec_th")

@@ -117,16 +117,17 @@ def learn(net, source, steps, rate, clip):
     return time.time() - begin
 
 
-def train(scenes, index, mode, weight, *, steps, seed=0, device="cpu", family="kernels", **options):
-    """A network of kernels, or queries, that learnt from `scenes` -> (network, seconds). `options`
-    are those of the PairedCropSampler.
+def train(scenes, index, mode, weight, *, steps, seed=0, device="cpu", family="kernels",
+          model=None, **options):
+    """A network of kernels, or queries, that learnt from `scenes` -> (network, seconds). `model`:
+    settings that differ from the recipe's. `options` are those of the PairedCropSampler.
 
     Two whole images have fewer pixels than six crops, on average 32 for every 35: "full" gets more
     steps."""
     torch.manual_seed(seed)
     body = seamless.resnet_fpn("tiny", 64)
     build, method, rate, clip = FAMILIES[family]
-    settings = {**RECIPES[method, "parking"]["model"], "ibs_weight": weight}
+    settings = {**RECIPES[method, "parking"]["model"], "ibs_weight": weight, **(model or {})}
     net = build([c.isthing for c in scenes.categories], body, paired=mode == "paired",
                 **settings).to(device)
     steps = steps * 35 // 32 if mode == "full" else steps

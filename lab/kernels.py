@@ -105,6 +105,8 @@ class Kernels(nn.Module):
     similarity: kernels of one category of a larger cosine are one object.
     detections: the largest number of peaks.
     weights: of the losses "position" and "mask".
+    coordinates: whether kernel head and feature encoder are told the place of a cell, as in
+    Panoptic FCN.
 
     Defaults are the released code's for Cityscapes. It has 3 positions and a cosine of 0.95 for
     Vistas, and 64 channels and a cosine of 0.9 for COCO.
@@ -114,16 +116,18 @@ class Kernels(nn.Module):
     Deviation: its position head has deformable convolutions, and things and stuff have output
     layers of their own. It takes 100 peaks of each level, of a heat above 0.01, and drops things of
     a score below 0.05 after the masks; here `peak` is 0.05."""
-    coordinates = True  # of the feature encoder, as in Panoptic FCN
+    coordinates = True  # the default, for the feature encoder
     peak, region = 0.05, 0.1  # the least heat of a peak; the least mean heat of a stuff region
     rescored = True     # the score of a thing is multiplied by the mean probability in its mask
 
     def __init__(self, isthing, c_in, channels, strides=(8, 16, 32, 64, 128), layers=3, width=256,
-                 positions=7, similarity=0.97, detections=100, weights=(1.0, 4.0)):
+                 positions=7, similarity=0.97, detections=100, weights=(1.0, 4.0),
+                 coordinates=True):
         super().__init__()
+        self.coordinates = coordinates
         self.position_head, self.kernel_head = (
             nn.Sequential(*[conv(width if i else c, width) for i in range(layers)])
-            for c in (c_in, c_in + 2))
+            for c in (c_in, c_in + 2 * coordinates))
         self.heat = nn.Conv2d(width, len(isthing) + 1, 3, padding=1)
         self.kernel = nn.Conv2d(width, channels, 1)
         nn.init.constant_(self.heat.bias, -math.log(9))        # p = 0.1: most cells are empty
@@ -135,8 +139,9 @@ class Kernels(nn.Module):
 
     def maps(self, pyramid):
         """-> for each level heat logits [B, categories + 1, h, w] and kernels [B, C, h, w]."""
+        place = add_coordinates if self.coordinates else nn.Identity()
         return [(self.heat(self.position_head(x)).float(),
-                 self.kernel(self.kernel_head(add_coordinates(x))).float())
+                 self.kernel(self.kernel_head(place(x))).float())
                 for x in (pyramid[s] for s in self.strides)]
 
     def truth(self, target, sizes):

@@ -1,4 +1,4 @@
-"""Four readings of the same outputs of an affinity checkpoint, and how sure their differences are.
+"""Readings of the same outputs of an affinity checkpoint, and how sure their differences are.
 
     python -m lab.readings RUN/last.pt [--out DIR] [--images N] [flags of train.py, as --root]
 
@@ -7,6 +7,8 @@
                  detected, the likeliest stuff. An argmax has no void either.
     argmax       argmax of the potential Psi, without the head
     affinity     argmax of P, if the checkpoint has a head
+    argmax, void; affinity, void: with the rules' way to void: a pixel is void where stuff wins and
+                 the likeliest category is a thing
 
 All share boxes, masks and semantic logits. Each is measured as it is and with small stuff trimmed
 to void (appendix C). Intervals are bootstrap intervals over images, of trimmed readings. Writes
@@ -45,10 +47,21 @@ def readings(model, image, size):
                      semantic=chosen.argmax(0), isthing=base.isthing,
                      score_threshold=base.score_threshold, stuff_area=0)
         result[name] = Prediction(*fused, found)
-    result["argmax"] = plain
-    if head is not None:
-        result["affinity"] = revised
+    for name, kept in (("argmax", plain), ("affinity", revised)):
+        if name == "argmax" or head is not None:
+            result[name] = kept
+            result[f"{name}, void"] = with_void(kept, logits.argmax(0), base.isthing)
     return result
+
+
+def with_void(prediction, semantic, isthing):
+    """The prediction with void where stuff won and `semantic`, int64 [H, W], is a thing: the rules
+    leave void there, too."""
+    segments, categories, scores, instances = prediction
+    stuff = torch.cat([isthing.new_zeros(1), ~isthing[categories]])[segments]
+    segments = segments.masked_fill(stuff & isthing[semantic], 0)
+    keep = torch.bincount(segments.flatten(), minlength=len(categories) + 1)[1:] > 0
+    return Prediction(new_numbers(keep)[segments], categories[keep], scores[keep], instances)
 
 
 def trim(prediction, isthing, area):

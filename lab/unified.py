@@ -67,7 +67,8 @@ class UnifiedNet(nn.Module):
         super().__init__()
         isthing = torch.as_tensor(isthing, dtype=torch.bool)
         self.body = body
-        self.encoder = FeatureEncoder(body.channels, channels, family.coordinates)
+        place = settings.get("coordinates", family.coordinates)
+        self.encoder = FeatureEncoder(body.channels, channels, place)
         self.family = family(isthing, body.channels, channels, **settings)
         missing = set(self.family.strides) - set(body.strides)
         if missing:
