@@ -13,14 +13,14 @@ way to void are compared with each other, see lab/readings.py.
     head            the recipe: it trains all, variant C
     variant B       masks times semantics in Psi, not their sum
     fixed scores    Psi takes scores as constants: the panoptic loss cannot lower them
-    all detections  the loss matches all detections above 0.05, not those of inference, above 0.5
+    all detections  training matches all detections above 0.05, inference takes those above 0.5
 
 What refutes the paper: over the seeds, PQ of "head", read by its better argmax, is not above that
 of "detections", read by its better rules: the 95% interval of the difference reaches 0. If box AP
 falls by the panoptic loss pushing scores down, "fixed scores" has the box AP of "detections".
 
-A run that DIR has already is not repeated. Each trains as `python train.py --method affinity`, about
-ten minutes of a CPU thread, and is read on the first --count images of the test split.
+A run that DIR has already is not repeated. Each trains as `python train.py --method affinity` does,
+about ten minutes of a CPU thread, and is read on the first --count images of the test split.
 """
 import json
 from pathlib import Path

@@ -5,7 +5,7 @@
     python -m lab.compare --methods seamless maskrcnn                these methods only
     python -m lab.compare --import mine --methods seamless mine      with a method of your mine.py
 
-Equal images: the recipes of the toy street have as many steps of as many crops each. Equal minutes:
+Equal images: each method sees as many crops as the recipe of the first one asks for. Equal minutes:
 a method is timed for some steps first, then trains for as many steps as fit, rounded to 50.
 A run that DIR has already is not repeated. So two programs may share the work of two cores: give
 each `--threads 1`, the same DIR and methods of its own. Then ask for all methods: a table of all.
@@ -129,7 +129,9 @@ def main(argv=None):
     dataset = flags.dataset or "street"
     rows = own.methods or [*VARIANTS, *(m for m in methods.METHODS if (m, dataset) in RECIPES
                                         and m not in ("seamless", "two"))]
-    asked = {row: train.arguments(flags_of(row, words, "none"))[0]["fit"]["steps"] for row in rows}
+    fits = {row: train.arguments(flags_of(row, words, "none"))[0]["fit"] for row in rows}
+    crops = fits[rows[0]]["steps"] * fits[rows[0]]["batch"]
+    asked = {row: crops // fit["batch"] for row, fit in fits.items()}
     folder = folders.make_folder(own.out or folders.new_folder(f"{dataset}-compare"))
     plans = {"equal images": asked}
     if own.minutes:

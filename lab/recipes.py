@@ -309,13 +309,15 @@ RECIPES["ibs", "parking"] = dict(
 
 # --- Intra-batch supervision, embeddings from queries --------------------------------------------
 # Choice: the street's schedule of Seamless. Levels as fine as toy images are small; of the 4,608
-# cells of a crop, 1,764 for intra-batch supervision, as many as 12,544 of Cityscapes' 32,768.
+# cells of a crop, 1,764 for intra-batch supervision, as many as 12,544 of Cityscapes' 32,768. Two
+# layers: as good as three on val (150 images, 950 steps, one seed: PQ 58.1 both) and 1.3 times as
+# fast, so 1150 steps take less time than Seamless's 950.
 RECIPES["queries", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(channels=64, strides=(16, 8, 4), queries=60, points=1764, ibs_weight=1.0,
+    model=dict(channels=64, strides=(16, 8, 4), layers=2, queries=60, points=1764, ibs_weight=1.0,
                score_threshold=0.5, overlap=0.5),
     crops=dict(mode="paired", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
-    fit=dict(batch=4, steps=950, lr=0.002, lr_body=0.002, warmup=50, cosine=True, clip=1.0,
+    fit=dict(batch=4, steps=1150, lr=0.002, lr_body=0.002, warmup=50, cosine=True, clip=1.0,
              decay=0.05))
 
 # Section 5.2: 90k steps of 16 crops. Choice: AdamW, a tenth of the rate for the ResNet and nothing

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import affinity_head as ah
-from data import IGNORE, Target, new_numbers
-from lab import readings
+from data import IGNORE, Prediction, Target, new_numbers
+from lab import affinity_rows, readings
 
 ISTHING = torch.tensor([False, True, False, True, False])      # things 1, 3; stuff 0, 2, 4
 
@@ -501,7 +501,8 @@ def test_a_prediction_at_another_size(masks, headed):
 def test_the_readings_share_their_instances():
     model, area = ah.Affinity(Base(), loud_head(3)), 300 * 2048 * 1024 / (62 * 95)
     found = readings.readings(model, IMAGES[0], (62, 95))
-    assert list(found) == ["heuristic", "filled", "argmax", "affinity"] and model.head is not None
+    assert list(found) == ["heuristic", "filled", *affinity_rows.COLUMNS[2:]]
+    assert model.head is not None
     assert torch.equal(found["affinity"].segments, model.predict(IMAGES[0]).segments)
     rules, filled = (torch.cat([torch.tensor([-1]), found[k].categories])[found[k].segments]
                      for k in ("heuristic", "filled"))
@@ -509,3 +510,22 @@ def test_the_readings_share_their_instances():
     model.base.stuff_area, model.head = area, None
     trimmed = readings.trim(found["argmax"], ISTHING, 300)
     assert torch.equal(trimmed.segments, model.predict(IMAGES[0]).segments)
+
+
+def test_the_rules_way_to_void_takes_stuff_where_a_thing_is_likeliest():
+    """A row of stuff 0, a thing 2, stuff 1; the likeliest categories. The lone stuff 1 vanishes."""
+    kept = Prediction(torch.tensor([[1, 1, 2, 3]]), torch.tensor([0, 2, 1]), torch.ones(3), {})
+    found = readings.with_void(kept, torch.tensor([[0, 2, 1, 2]]), torch.tensor([0, 0, 1]).bool())
+    assert found.segments.tolist() == [[1, 0, 2, 0]] and found.categories.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("row, count, moves", [
+    ("head", 2, True), ("fixed scores", 2, False), ("all detections", 4, True)])
+def test_rows_of_the_street_fix_the_scores_or_match_more_detections(row, count, moves, monkeypatch):
+    seen, loss = [], ah.panoptic_matching_loss
+    monkeypatch.setattr(ah, "panoptic_matching_loss",
+                        lambda p, f, *a, **k: seen.append(len(f["scores"])) or loss(p, f, *a, **k))
+    base = Base()
+    panoptic = affinity_rows.ROWS[row][1](base, loud_head(3)).losses(IMAGES, TARGETS)["panoptic"]
+    grad = torch.autograd.grad(panoptic, base.score, allow_unused=True)[0]
+    assert seen == [count] * 2 and (grad is not None) == moves and base.score_threshold == 0.5

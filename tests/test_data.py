@@ -1,4 +1,4 @@
-"""The spec of data.py and of the toy street: crops against explicit loops, a frozen street."""
+"""The spec of data.py and of the toy street: crops against explicit loops, frozen worlds."""
 import colorsys
 import math
 import sys
@@ -13,6 +13,8 @@ from torchvision.models.detection._utils import BoxCoder
 import data
 from claims import claim
 from data import Sample, crop, mask_boxes
+from lab.cells import OverlappingCells
+from lab.parking import Parking
 from lab.street import StreetScenes
 
 
@@ -229,18 +231,23 @@ def test_the_command_line_runs_the_demo_and_prints_help(monkeypatch, capsys):
     assert "a text" in capsys.readouterr().out
 
 
-# --- The street -------------------------------------------------------------------------------
+# --- Toy worlds -------------------------------------------------------------------------------
 def checksum(sample, start=0):
     labels = torch.cat([sample.segments.flatten(), sample.categories]).numpy().astype("<i8")
     image = (sample.image * 255).round().to(torch.uint8).numpy()
     return zlib.crc32(labels.tobytes()), zlib.crc32(image.tobytes(), start)
 
 
-@pytest.mark.parametrize("index, expected", [
-    (0, (1106531375, 4012616737)), (1, (122697881, 2198543228)), (7, (3613738867, 3204499114))])
-def test_the_street_is_frozen(index, expected):
-    """All results on the street were measured on these very scenes."""
-    assert checksum(StreetScenes(10)[index]) == expected
+@pytest.mark.parametrize("world, i, expected", [
+    (StreetScenes(10), 0, (1106531375, 4012616737)), (StreetScenes(10), 1, (122697881, 2198543228)),
+    (StreetScenes(10), 7, (3613738867, 3204499114)),
+    (Parking(50, seed=1), 2, (1293287101, 3031245220)),
+    (OverlappingCells(12, seed=1), 3, (855502642, 660908180)),
+    (OverlappingCells(12, seed=1, varied=1), 5, (1939419876, 2154118681)),
+    (OverlappingCells(1, count=(4, 4), twins=1.0), 0, (153809484, 1089853467))])
+def test_the_toy_worlds_are_frozen(world, i, expected):
+    """All results were measured on these very images."""
+    assert checksum(world[i]) == expected
 
 
 def test_the_example_and_the_demo(tmp_path, capsys, monkeypatch):

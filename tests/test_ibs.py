@@ -1,7 +1,6 @@
 """The spec of ibs.py, lab/parking.py, lab/outside.py and the demo's pieces. Oracles are loops over
 pixels, all allowed windows, counts of draws, slices of the unresized image. See test_unified.py."""
 import collections
-import hashlib
 import itertools
 import math
 import types
@@ -366,15 +365,6 @@ def test_the_minimal_network_learns_masks_and_that_other_crops_have_none():
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
-def test_without_things_the_minimal_network_has_losses_of_0_with_gradients():
-    for targets in ([painted()], [painted((0, 0, 0, 9, 9)), painted((1, 0, 0, 9, 9, "crowd"))]):
-        net = ibs.MinimalNet([False, True, True], 8)
-        losses = net.losses(*collate(targets))
-        sum(losses.values()).backward()
-        assert all(v.item() == 0 and v.shape == () for v in losses.values())
-        assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
-
-
 @claim("degeus2023", "4", "trained on crops alone masks are confused; IBS separates them",
        of="MinimalNet", figure="ibs.png")
 def test_two_cars_are_confused_without_supervision_and_told_apart_with_it():
@@ -392,16 +382,3 @@ def test_a_network_without_the_correction_is_asked_for_all_segments_of_the_image
     for t in wrapped.losses(images, targets):
         assert sorted(t.categories[~t.crowd].tolist()) == [0, 1, 1, 2]
     assert network.family.outside and min(len(t.categories) for t in targets) < 4
-
-
-def test_parking_lots_depend_on_seed_and_number_alone():
-    """Golden hashes: every run, old and new, learns from the same images."""
-    sample = Parking(50, seed=1)[2]
-    image = (255 * sample.image).round().to(torch.uint8)
-    for value, start in ((sample.segments.to(torch.uint8), "0c43dc8f79a90fee"),
-                         (image, "d35ce663f067f957")):
-        assert hashlib.sha256(value.numpy().tobytes()).hexdigest().startswith(start)
-    assert torch.equal(Parking(3, seed=1).labels(2)[0], sample.segments)
-    assert not torch.equal(Parking(3, seed=2)[2].image, sample.image)
-    with pytest.raises(IndexError):
-        Parking(3)[3]

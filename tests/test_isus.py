@@ -14,7 +14,7 @@ import data
 import isus
 from claims import claim
 from isus import CropSampler, build_index, class_uniform_choice, scale_for_level
-from lab import demo_isus, index
+from lab import demo_isus, index, octaves
 
 torch.set_num_threads(1)
 SKY, CAR, SIGN, ROAD, NEVER, GROUP, TRUCK = range(7)
@@ -379,6 +379,18 @@ def test_a_kept_index_is_used_until_the_data_set_changes(tmp_path, capsys, chang
     dataset.read = []
     assert use(dataset, cache, capsys) == (True, "")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", octaves.SETTINGS)
+def test_ap_of_a_level_is_that_of_the_things_on_it(name):
+    """By the areas of the masks, of which the box is a known part; AP_34 is of levels 3 and 4."""
+    setting = octaves.SETTINGS[name]
+    for n in (3, 10, 20, 40, 60, 90, 120, 200):
+        level = int(isus.pyramid_level(torch.tensor([[0, 0, n, n]]), canonical=setting.canonical))
+        inside = [k for k, (low, high) in enumerate(setting.areas().values())
+                  if low <= setting.fill * n * n < high]
+        assert inside == [0, level, *([5] if level > 2 else [])]
+    assert isus.pyramid_level(torch.tensor([[8., 8., 0., 0.], [math.nan] * 4])).tolist() == [1, 1]
 
 
 def test_the_demo_prints_its_tables_and_writes_its_figure(tmp_path, monkeypatch, capsys):

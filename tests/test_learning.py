@@ -8,7 +8,7 @@ import pytest
 import torch
 from claims import claim
 
-from lab import baseline, confusion, demo_adaptis, demo_cabb, readers
+from lab import baseline, confusion, demo_adaptis, demo_cabb, octaves, readers
 from lab.bench.common import write_cityscapes
 from lab.street import StreetScenes
 from pq import PanopticQuality
@@ -124,6 +124,18 @@ def test_crops_shrink_large_objects_and_cabb_shrinks_them_less():
         assert (mean["CABB"] - mean["standard"])[3:].min() > 2 and mean["CABB"].max() < 113
         assert mean["CABB"][-1] > mean["cut sides ignored"][-1] + 5
         assert telling or mean["full box"][2:4].min() > 115
+
+
+@claim("porzi2021", "2.1", "instances are drawn for all levels alike, so large ones are learnt",
+       of="isus.CropSampler", figure="octaves.png", result="ISUS where large things are rare")
+def test_isus_finds_large_things_that_are_rare_in_training(tmp_path):
+    """Eight times fewer things on each next level. After the same crops, things of 32 pixels and
+    more: box AP."""
+    rows = octaves.main(["--arms", "CUS, wide", "ISUS", "--seeds", "1", "--steps", "400",
+                         "--images", "150", "--out", str(tmp_path)])
+    plain, isus = (seeds[0] for seeds in rows.values())
+    assert sum(isus["shown"][2:]) > 1.5 * sum(plain["shown"][2:])
+    assert isus["balanced"]["AP_34"] > plain["balanced"]["AP_34"] + 1
 
 
 @claim("degeus2023", "5.1, Figure 5", "crops confuse, and intra-batch supervision tells apart",

@@ -702,14 +702,3 @@ def test_the_ledger_reproduces_the_papers_parameters_exactly():
     mask = 4 * 256 * 256 * 9 * 14 * 14 + 256 * 256 * 4 * 14 * 14 + 256 * 8 * 28 * 28
     assert rows["region head, masks"][2] == 100 * mask
     assert sum(row[2] for row in rows.values()) == pytest.approx(0.555e12, rel=1e-3)
-
-
-def test_the_parts_of_the_demo():
-    from lab import demo_seamless as demo
-    from lab.street import StreetScenes
-    scenes = StreetScenes(2, seed=3)
-    labels, truth = demo.label_middles(*demo.train_heads(scenes, 1, "cpu"), [scenes[0]], (128, 128),
-                                       device="cpu")
-    assert list(labels) == ["MiniDL", "global pooling", "no context"] and len(truth) == 1
-    truth = torch.tensor([0, 0, 0, 1, IGNORE])                 # IoU 2/4 and 0; 2 does not occur
-    assert demo.mean_iou(torch.tensor([0, 0, 1, 0, 2]), truth, 3) == pytest.approx(25)

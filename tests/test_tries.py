@@ -1,12 +1,10 @@
 """What strangers try: wrong commands, checkpoints and arguments. Each ends in one sentence that
 says what was wrong, with exit code 2, or in a documented value. Nothing is left behind."""
 import copy
-import math
 
 import pytest
 import torch
 
-import data
 import train
 from lab import ends, methods, ranges, settings
 
@@ -152,8 +150,3 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
     for words in (["--eval", "last.pt"], ["--resume", "."], ["--predict", "last.pt", "x.png"]):
         assert "damaged" in sentence(capsys, *words)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_boxes_that_are_none_belong_to_the_first_level():
-    for boxes in (torch.tensor([[8., 8., 0., 0.]]), torch.full((1, 4), math.nan), torch.ones(0, 4)):
-        assert data.pyramid_level(boxes).tolist() == [1] * len(boxes)

@@ -76,6 +76,16 @@ def test_kernels_cost_what_loops_over_cells_said(name, want):
     assert [v.item() for v in found] == pytest.approx([*want, 79.158, 1.794, 14], abs=2e-3)
 
 
+@pytest.mark.parametrize("coordinates", [True, False])
+def test_without_coordinates_a_kernel_is_the_same_at_every_place(coordinates):
+    net = unified.kernels(ISTHING, seamless.resnet_fpn("tiny", 8), strides=(4,), layers=1,
+                          coordinates=coordinates)
+    (_, found), = net.family.maps({4: torch.ones(1, 8, 9, 9)})
+    found = found[..., 1:-1, 1:-1]                             # the border sees zeros
+    assert torch.allclose(found, found[..., :1, :1], atol=1e-5) == (not coordinates)
+    assert net.encoder.out[0][0].in_channels == 64 + 2 * coordinates
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_embeddings_of_stuff_agree_between_training_and_inference(name):
     (found, _, c), _, _, levels, _, [(e, thing, _)] = kernels(name)
