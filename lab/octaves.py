@@ -19,6 +19,7 @@ images are drawn at four times the size of test images, so enlarging shows detai
 A run that DIR has already is not repeated: start two programs with arms of their own, then one
 with all.
 """
+import functools
 import hashlib
 import json
 import math
@@ -232,13 +233,19 @@ def box_ap(net, dataset, setting):
     return {k: v for k, v in meter.compute().items() if k in ("AP", *COLUMNS)}
 
 
+@functools.cache
+def scenes_of(name, count):
+    """The training images of a world, drawn once, and their index."""
+    scenes = Drawn(SETTINGS[name].train(count))
+    return scenes, isus.build_index(scenes)
+
+
 def measured(arm, seed, flags, folder):
     """Trains and measures one detector, unless `folder` holds it -> its metrics."""
     label, setting = arm.replace(",", "").replace(" ", "-"), SETTINGS[flags.world]
     path = folder / f"{flags.world}-{label}-{flags.steps}-{flags.split}-{seed}" / "metrics.json"
     if not path.exists():
-        scenes = Drawn(setting.train(flags.training))
-        index = isus.build_index(scenes)
+        scenes, index = scenes_of(flags.world, flags.training)
         torch.manual_seed(seed)
         net = detector(setting, scenes.categories).to(flags.device)
         source = sampler(arm, setting, scenes, index, seed=seed)
