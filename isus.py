@@ -1,8 +1,8 @@
 r"""Instance scale-uniform sampling (ISUS): which crop should a network see next?
 
-The problem. Networks train on crops of large images. In random crops rare categories hardly occur,
-and most objects are small. A feature pyramid gives small objects to its fine levels and large ones
-to its coarse levels. So the coarse levels learn from few examples.
+The problem. In random crops of large images rare categories hardly occur, and most objects are
+small. A feature pyramid gives small objects to its fine levels and large ones to its coarse levels.
+So the coarse levels learn from few examples.
 
 The idea. Class-uniform sampling (CUS) draws a category first. ISUS also draws one instance of it
 and one level of the pyramid, and resizes the image until that level serves that instance. Stuff
@@ -17,10 +17,12 @@ has no instances: its scale sigma is uniform in a range r_st, and so is every si
                                                 within r_th
 
 The claim. ISUS "will have the effect of smoothing out the object scale distribution, providing
-more uniform supervision across all scales". With the loss of cabb_loss.py and a new architecture
-the paper reports +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best. On the
-toy streets of the demo ISUS does not make levels more equal: a crop shows eight things, of which
-at most one was chosen. The others are only resized with it.
+more uniform supervision across all scales". The paper has +4.5 PQ on Mapillary Vistas, with
+cabb_loss.py and a new architecture. In lab/octaves.py, where images show one to three things and
+few are large, 15% of the things in ISUS's crops are of level 4 (CUS, same range of sigma: 5%), and
+box AP of things of 32 pixels and more is 3.8 [2.9, 4.6] higher. Small things pay: AP of all is best
+in crops of the test images' scale. On the toy streets of the demo a crop shows eight things of
+which at most one was chosen, and levels do not become more equal.
 
     python isus.py [--quick] [--full] [--device D] [--out DIR]    example, Figure 2, levels in crops
     pytest tests/test_isus.py                                     the spec of this file
@@ -91,8 +93,7 @@ class Index:
         box              float32 [M, 4], x1 y1 x2 y2 in pixels of the image as it is
     `categories` lists those that occur outside of crowds; `image_count` counts all images.
 
-    table int64 [M, 8]: columns image, segment, category, crowd, x1, y1, x2, y2; see `build_index`.
-    DataLoader workers share these tensors. ValueError: there is no segment outside of crowds."""
+    table int64 [M, 8]: image, segment, category, crowd, x1, y1, x2, y2. ValueError: only crowds."""
 
     def __init__(self, table, image_count):
         self.image, self.segment, self.category, crowd = table[:, :4].T.contiguous()
@@ -151,8 +152,8 @@ def class_uniform_choice(index, generator):
 def window_start(pixel, length, window, generator):
     """Where a window of `window` pixels begins on an axis of `length` pixels -> int.
 
-    Uniform among the places inside of the image where the window contains `pixel` (None: among
-    all). A window longer than the image begins at 0."""
+    Uniform among the places inside of the image where the window contains `pixel` (None: all of
+    them). A window longer than the image begins at 0."""
     low, high = 0, max(0, length - window)
     if pixel is not None:
         low, high = max(0, pixel - window + 1), min(pixel, high)
@@ -181,9 +182,9 @@ class CropSampler(IterableDataset):
     same for any number of processes. ValueError: a setting that cannot be.
 
     As in the paper ISUS differs from CUS in scale alone: the crop may show another instance.
-    Choice: 0.5..2 is the range of Porzi et al. 2019; our text of the 2021 paper has none.
-    Choice: every pixel of the category is equally likely. So CUS shows large segments more often.
-    Choice: an image smaller than the crop lies at the upper left; the rest is void."""
+    Choice: 0.5..2 is the range of Porzi et al. 2019; our text of the 2021 paper has none. Every
+    pixel of the category is equally likely: CUS shows large segments more often. An image smaller
+    than the crop lies at the upper left; the rest is void."""
 
     def __init__(self, dataset, index, *, size, mode="isus", short_side=0, scale=(0.5, 2.0),
                  scale_things=(0.5, 2.0), place="category", levels=4, canonical=224, flip=0.5,
@@ -192,9 +193,8 @@ class CropSampler(IterableDataset):
                 ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
                 ("size", size, mode == "full" or len(size) == 2 and min(size) >= 1,
                  "a height and a width of at least one pixel"),
-                ("scale", scale, 0 < scale[0] <= scale[1] < math.inf, "(low, high), both positive"),
-                ("scale_things", scale_things, 0 < scale_things[0] <= scale_things[1] < math.inf,
-                 "(low, high), both positive"),
+                *((name, v, 0 < v[0] <= v[1] < math.inf, "(low, high), both positive")
+                  for name, v in (("scale", scale), ("scale_things", scale_things))),
                 ("place", place, place in ("category", "instance"), "category or instance"),
                 ("short_side", short_side, short_side >= 0, "0 or a number of pixels"),
                 ("batch", batch, batch >= 1, "at least 1"),
