@@ -9,6 +9,9 @@
     affinity     argmax of P, if the checkpoint has a head
     argmax, void; affinity, void: with the rules' way to void: a pixel is void where stuff wins and
                  the likeliest category is a thing
+    argmax, fine argmax of the potential at the size of the image, not at stride 4
+    argmax, fine, half free
+                 without things that win less than half of their masks: the rules drop those, too
 
 All share boxes, masks and semantic logits. Each is measured as it is and with small stuff trimmed
 to void (appendix C). Intervals are bootstrap intervals over images, of trimmed readings. Writes
@@ -19,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from affinity_head import dynamic_potential, segment
 from data import DataError, Prediction, new_numbers
 from lab import ends, runs
 from lab.ap import AveragePrecision
@@ -51,6 +55,8 @@ def readings(model, image, size):
         if name == "argmax" or head is not None:
             result[name] = kept
             result[f"{name}, void"] = with_void(kept, logits.argmax(0), base.isthing)
+    result["argmax, fine"], result["argmax, fine, half free"] = fine(
+        model, image, size, logits=logits, found=found)
     return result
 
 
@@ -62,6 +68,21 @@ def with_void(prediction, semantic, isthing):
     segments = segments.masked_fill(stuff & isthing[semantic], 0)
     keep = torch.bincount(segments.flatten(), minlength=len(categories) + 1)[1:] > 0
     return Prediction(new_numbers(keep)[segments], categories[keep], scores[keep], instances)
+
+
+def fine(model, image, size, logits, found):
+    """Argmax of the potential at `size`; then without things that win less than half of their masks
+    -> two Predictions. logits [N, H, W]; found: `instances` of any reading."""
+    base, old = model.base, tuple(image.shape[1:])
+    sure = base.detect(base.body(image[None]), old)[0]
+    keep = sure["scores"] >= base.score_threshold
+    sure = {k: v[keep] for k, v in sure.items()}
+    psi, channels = dynamic_potential(sure, logits, base.isthing, image_size=old,
+                                      variant=model.variant)
+    won = torch.bincount(psi.argmax(0).flatten(), minlength=len(psi))[:len(sure["scores"])]
+    hidden = torch.where(2 * won < found["masks"][keep].flatten(1).sum(1))[0]
+    return [Prediction(*segment(p, channels, sure["scores"], size=size), found)
+            for p in (psi, psi.index_fill(0, hidden, psi.min().item() - 1))]
 
 
 def trim(prediction, isthing, area):
@@ -131,7 +152,7 @@ def compare(model, dataset, world, short_side=0, images=0):
             "IoU_st": iou.nanmean().item()}
     rows = {key: torch.stack(part) for key, part in sums.items()}
     last = "affinity" if ("affinity", True) in rows else "argmax"
-    for name in ("heuristic", "filled", "argmax"):
+    for name in ("heuristic", "filled", "argmax", "argmax, fine, half free"):
         if name != last:
             found = difference(rows[last, True], rows[name, True], isthing)
             table |= {f"{last} - {name}, {key}": value for key, value in found.items()}

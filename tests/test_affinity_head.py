@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import affinity_head as ah
+import seamless
 from data import IGNORE, Prediction, Target, new_numbers
 from lab import affinity_rows, readings
 
@@ -500,9 +501,18 @@ def test_a_prediction_at_another_size(masks, headed):
 @torch.no_grad()
 def test_the_readings_share_their_instances():
     model, area = ah.Affinity(Base(), loud_head(3)), 300 * 2048 * 1024 / (62 * 95)
+    model.base.found["masks"] += 2                             # one wins, but less than half of it
     found = readings.readings(model, IMAGES[0], (62, 95))
+    fine, free = found.pop("argmax, fine"), found.pop("argmax, fine, half free")
     assert list(found) == ["heuristic", "filled", *affinity_rows.COLUMNS[2:]]
     assert model.head is not None
+    sure = {k: v[:3] for k, v in model.base.found.items()}
+    v = seamless.resize_logits(model.base.semantic_head(model.base.body(IMAGES)).float(), (62, 95))
+    psi, channels = ah.dynamic_potential(sure, v[0], ISTHING, (62, 95), model.variant)
+    assert torch.equal(fine.categories[fine.segments - 1], channels[psi.argmax(0)])
+    won, masks = psi.argmax(0).flatten().bincount()[:3], fine.instances["masks"][:3]
+    kept = (won > 0) & (2 * won >= masks.sum((1, 2)))
+    assert ISTHING[free.categories].sum() == kept.sum() < (won > 0).sum() and free.segments.all()
     assert torch.equal(found["affinity"].segments, model.predict(IMAGES[0]).segments)
     rules, filled = (torch.cat([torch.tensor([-1]), found[k].categories])[found[k].segments]
                      for k in ("heuristic", "filled"))

@@ -34,11 +34,3 @@ def test_a_copy_is_made_refused_while_unchanged_and_marked(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         exercise.main(["cabb_loss", "1"])
     assert stop.value.code == 1 and capsys.readouterr().out == "changed: free_sides\nseen\n"
-
-
-@pytest.mark.parametrize("file, number", ANSWERS)
-def test_an_exercise_has_a_text_an_answer_that_fits_and_tests_that_exist(file, number):
-    answer, tests = ANSWERS[file, number], (exercise.ROOT / f"tests/test_{file}.py").read_text()
-    assert exercise.text_of(file, number) and answer.why and exercise.solved(file, number)
-    assert answer.fail or answer.measure
-    assert all(f"def {name}(" in tests for name in (*answer.fail, *answer.hold))
