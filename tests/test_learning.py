@@ -95,8 +95,8 @@ def test_cells_are_learnt_in_five_minutes_and_larger_images_are_no_harder(tmp_pa
        of="affinity_head.InstanceAffinityHead", figure="affinity_head.png",
        result="Affinity head, detections with wrong boxes: the demo")
 def test_the_affinity_head_gives_objects_back_what_their_boxes_cut_off(tmp_path):
-    """`python affinity_head.py`: on 150 unseen images PQ is above argmax over the potential by 7.5,
-    by 3.4 where the same encoder corrects V. On larger images the mean holds what the sum loses."""
+    """`python affinity_head.py`: on 150 unseen images PQ is above argmax over the potential by 7.2,
+    by 3.0 where the same encoder corrects V. On larger images the mean holds what the sum loses."""
     out = run(ROOT / "affinity_head.py", cwd=tmp_path)
     rows = [(x[:42].strip(), float(x.split()[-3])) for x in out.splitlines()
             if x.startswith("  ") and "|" not in x]
