@@ -16,7 +16,9 @@ The idea. A cut box stands for a SET of boxes: all that look the same through th
 G is the true box, G|C its visible part, A the anchor, Delta_P the prediction, L_BB the usual loss.
 
 The claim. +4.5 PQ and +5.2 mask mAP on Mapillary Vistas over the previous best, together with the
-sampling of isus.py and a new architecture. The loss alone adds about 10 ms a batch.
+sampling of isus.py and a new architecture. The loss alone adds about 10 ms a batch. Here: on the
+toy street, from crops of 128x256, box AP of large things is 6.5 [1.1, 12.0] higher than with Eq. 1
+(five seeds); they are few, so AP of all things and PQ are equal.
 
     python cabb_loss.py [--quick] [--full] [--device D] [--out DIR]    example, detectors, figure
     pytest tests/test_cabb_loss.py                                     the spec of this file
