@@ -64,6 +64,8 @@ class Queries(nn.Module):
         super().__init__()
         if channels % heads or channels % 4:
             raise ValueError(f"channels={channels} must be a multiple of heads={heads} and of 4")
+        if len(strides) > layers:
+            raise ValueError(f"{layers} layers read {layers} levels at most: give fewer strides")
         self.strides, c = tuple(strides), channels
         weight = torch.cat([torch.ones(len(isthing)), torch.tensor([no_object])])
         self.register_buffer("isthing", isthing, persistent=False)

@@ -314,7 +314,7 @@ RECIPES["ibs", "parking"] = dict(
 # fast, so 1150 steps take less time than Seamless's 950.
 RECIPES["queries", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
-    model=dict(channels=64, strides=(16, 8, 4), layers=2, queries=60, points=1764, ibs_weight=1.0,
+    model=dict(channels=64, strides=(16, 8), layers=2, queries=60, points=1764, ibs_weight=1.0,
                score_threshold=0.5, overlap=0.5),
     crops=dict(mode="paired", size=(192, 384), scale=(1.0, 1.0), jitter=0.1),
     fit=dict(batch=4, steps=1150, lr=0.002, lr_body=0.002, warmup=50, cosine=True, clip=1.0,
