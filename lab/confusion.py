@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import isus
-from data import crop
+from data import DataError, crop
 from lab import demo_ibs, ends, folders, runs
 from lab.draw import new_figure, save
 from lab.errors import Errors
@@ -139,6 +139,8 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", default="runs/confusion")
     flags = parser.parse_args(argv)
+    if flags.family != "kernels" and any("model" in ROWS[name][2] for name in flags.rows):
+        raise DataError(f"--family {flags.family} has no coordinates: leave these rows to kernels")
     runs.World(flags.device, threads=flags.threads)
     folder, rows, pairs = folders.make_folder(flags.out), {}, []
     recipe = demo_ibs.RECIPES[demo_ibs.FAMILIES[flags.family][1], "parking"]["model"]["ibs_weight"]
