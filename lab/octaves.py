@@ -283,7 +283,7 @@ def draw(rows, scenes, path):
     figure = new_figure(3)
     tests = [k for k in ("natural", "balanced") if k in next(iter(rows.values()))[0]]
     left, middle, *right = figure.subplots(1, 2 + len(tests))
-    left.imshow(scenes[1].image.permute(1, 2, 0))
+    left.imshow(scenes[1].image.permute(1, 2, 0).numpy())
     left.set_axis_off()
     left.set_title("an image")
     levels, width = np.arange(1, LEVELS + 1), 0.8 / len(rows)
