@@ -72,7 +72,7 @@ COMMANDS = [
     ("--root x", "--root", "street", "--images"), ("--train-split x", "--train-split", "street"),
     ("--method adaptis --set fit.decay_norms=False", "decay_norms"),
     ("--method ibs --set fit.poly=0.9 fit.drops=(0.5,)", "fit.poly=0"),
-    # The command line itself
+    ("--method queries --set model.layers=1", "levels at most"),
     ("--device cuda", "CUDA"),                                 # on a machine without one
     ("--predict", "--predict"), ("--steps ten", "--steps"), ("--methd ibs", "--methd"),
     ("--method yolo", "yolo", "seamless"), ("--sampler paired --dataset moon", "moon"),
