@@ -29,11 +29,9 @@ import numpy as np
 
 from affinity_head import Affinity
 from data import DataError
-from lab import ends, methods, readings, runs
+from lab import changes, ends, methods, readings, runs
 from lab.draw import new_figure, save
 from lab.intervals import paired_t
-from lab.recipes import RECIPES
-from lab.worlds import world as open_world
 
 PLAIN = ["model.affinity=False", "model.end_to_end=none"]
 RULES, ARGMAX = ("heuristic", "filled"), ("argmax", "argmax, void")
@@ -75,7 +73,6 @@ ROWS = {  # settings, class
 
 def measured(row, seed, folder, words, count):
     """Trains a row and reads it, unless `folder` holds it -> the table of lab/readings.py."""
-    import train
     path = folder / "readings.json"
     if not path.exists():
         settings, kind = ROWS[row]
@@ -84,19 +81,11 @@ def measured(row, seed, folder, words, count):
             net = methods.build_affinity(*how)
             net.__class__ = kind
             return net
-        methods.METHODS["row"] = (build, methods.METHODS["affinity"][1])
-        RECIPES["row", "street"] = RECIPES["affinity", "street"]
-        flags = train.parse(["--method", "row", "--seed", str(seed), "--out", str(folder),
-                             "--eval-images", "1", *words])
-        flags.set = [*settings, *flags.set]
-        train.run(flags)
-        state = runs.load_checkpoint(folder / "last.pt")
-        place = runs.World(flags.device, flags.precision, flags.threads or 0)
-        scenes = open_world("street", "test", count)
-        net = train.build_model(state["settings"], scenes.categories, place, state, folder)
+        net, scenes, place, about = changes.trained("affinity", build, settings, seed=seed,
+                                                    folder=folder, words=words, split="test",
+                                                    images=count)
         table = readings.compare(net, scenes, place)
-        table["run"] = dict(seed=seed, split="test", images=count, minutes=state["seconds"] / 60,
-                            hardware=place.hardware())
+        table["run"] = dict(about, images=count, hardware=place.hardware())
         runs.write_json(path, table)
     return json.loads(path.read_text())
 

@@ -133,27 +133,38 @@ CHANGES = {  # settings, or a function
 }
 
 
+def trained(method, build, settings, *, seed, folder, words, split, images):
+    """Trains as `python train.py --method METHOD` does on the street, with these settings and a
+    network of `build` in place of the method's own, and reads the checkpoint back -> the network,
+    `images` scenes of a split, the World, and what a result says of the run."""
+    import train
+    methods.METHODS["changed"] = (build, methods.METHODS[method][1])
+    RECIPES["changed", "street"] = RECIPES[method, "street"]
+    flags = train.parse(["--method", "changed", "--seed", str(seed), "--out", str(folder),
+                         "--eval-images", "1", *words])
+    flags.set = [*settings, *flags.set]
+    train.run(flags)
+    state = runs.load_checkpoint(folder / "last.pt")
+    world = runs.World(flags.device, flags.precision, flags.threads or 0)
+    scenes = worlds.world("street", split, images)
+    net = train.build_model(state["settings"], scenes.categories, world, state, folder)
+    return net, scenes, world, dict(seed=seed, split=split, minutes=state["seconds"] / 60,
+                                    settings=state["settings"])
+
+
 def measured(name, seed, folder, words):
     """Trains a change, evaluates it on val -> metrics."""
-    import train
     change, path = CHANGES[name], folder / "val" / "metrics.json"
     if not path.exists():
-        settings = change if isinstance(change, list) else []
-        after = (lambda net: net) if isinstance(change, list) else change
-        methods.METHODS["changed"] = (lambda *a: after(methods.build_seamless(*a)),
-                                      methods.METHODS["seamless"][1])
-        RECIPES["changed", "street"] = RECIPES["seamless", "street"]
-        flags = train.parse(["--method", "changed", "--seed", str(seed), "--out", str(folder),
-                             "--eval-images", "1", *words])
-        flags.set = [*settings, *flags.set]
-        train.run(flags)
-        state = runs.load_checkpoint(folder / "last.pt")
-        world = runs.World(flags.device, flags.precision, flags.threads or 0)
-        val = worlds.world("street", "val", IMAGES)
-        model = train.build_model(state["settings"], val.categories, world, state, folder)
-        evaluate.evaluate(model, val, world, folder / "val", quiet=True, about=dict(
-            seed=seed, split="val", minutes=state["seconds"] / 60, settings=state["settings"]),
-            short_side=state["settings"]["crops"]["short_side"])
+        settings, after = (change, None) if isinstance(change, list) else ([], change)
+
+        def build(*how):
+            net = methods.build_seamless(*how)
+            return after(net) if after else net
+        net, val, world, about = trained("seamless", build, settings, seed=seed, folder=folder,
+                                         words=words, split="val", images=IMAGES)
+        evaluate.evaluate(net, val, world, folder / "val", quiet=True, about=about,
+                          short_side=about["settings"]["crops"]["short_side"])
     return json.loads(path.read_text())
 
 
