@@ -22,7 +22,7 @@ Q (Q^T Psi), where Q^T Psi is C x K: so no softmax. No weight has K: it may vary
 The claims. 99.8% fewer multiply-adds than with A. PQ 61.4 on Cityscapes and 43.4 on COCO with a
 ResNet-50. Competitive without masks. Training on predicted, not true boxes: +0.4 PQ, +1.3 box AP.
 Here, on wrong boxes: 7.2 PQ above argmax of Psi, 3.0 of them by affinity; rules with as much help
-have 1.2 more. On the toy street rules are 2.7 above argmax: lab/affinity_rows.py says why.
+have 1.2 more. On the toy street rules are 2.4 above argmax of P: RESULTS.md says why.
 
     python affinity_head.py [--quick] [--full] [--device D] [--out DIR]   example, costs, a head
     pytest tests/test_affinity_head.py                                    the spec of this file

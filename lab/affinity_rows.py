@@ -9,7 +9,7 @@ way to void are compared with each other, see lab/readings.py.
     detections      no head, no panoptic loss
     ... heavier V   the same with 1.5 times the semantic weight, as the panoptic loss teaches V too
     Psi             no head; the panoptic loss of the potential trains all
-    head alone      the panoptic loss trains the head and nothing else (`--end-to-end head`)
+    head alone      the panoptic loss trains the head only (`model.end_to_end=head`)
     head            the recipe: it trains all, variant C
     variant B       masks times semantics in Psi, not their sum
     fixed scores    Psi takes scores as constants: the panoptic loss cannot lower them

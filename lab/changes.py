@@ -5,7 +5,7 @@
 A change is either some settings, or a function that changes the network after it is built. Each
 trains with every seed as `python train.py` does, and is evaluated on 150 images of val. Differences
 to "the recipe" are paired by seed, with 95% intervals. A run that DIR has already is not repeated.
-One thread needs about six minutes for a run: give `--threads 1`, and start one program for each
+One thread needs ten to twenty minutes for a run: give `--threads 1`, and start one program for each
 core with its own `--only`.
 """
 import copy

@@ -133,9 +133,9 @@ RECIPES["maskrcnn", "parking"] = dict(
 # --- AdaptIS (Sofiiuk et al. 2019) --------------------------------------------------------------
 # Choice: a toy of a quarter of the real size, from scratch: one rate for all parts. Windows of
 # 128x192 instead of whole crops: so 16 points an image take the time of 6 (150 images of val, one
-# seed: PQ 58.3, before 56.0). It stays behind Seamless for its masks, not for its search: with 6
-# points, a point in the middle of a true thing gave a mask of IoU > 1/2 for 34% of 800 things, for
-# none below 64 pixels, for 70% above 1024.
+# seed: PQ 58.3, before 56.0). It is behind Seamless because its masks are worse, not because it
+# misses things: with 6 points, the middle of a true thing gave a mask of IoU > 1/2 for 34% of 800
+# things, for none below 64 pixels, for 70% above 1024.
 RECIPES["adaptis", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(window=(128, 192), radius=48.0, points=16, threshold=0.4, width=32, blocks=3,

@@ -144,7 +144,7 @@ def test_isus_finds_large_things_that_are_rare_in_training(tmp_path):
 def test_crops_confuse_and_intra_batch_supervision_tells_apart(tmp_path):
     """A network of crops confuses at least 4 times as many of its things as one of whole images
     after as many pixels, but hardly any on images as large as its crops. IBS cures a quarter of it
-    at least, before and after merging (mean of two seeds: one is uncertain by 7 points)."""
+    at least, before and after merging (mean of two seeds; five differ by 6 to 10 points)."""
     how = ["--steps", "512", "--weights", "2", "--out", str(tmp_path)]
     rows = {**confusion.main(["--rows", "whole images", "--seeds", "1", *how]),
             **confusion.main(["--rows", "crops", "crops, IBS", "--seeds", "2", *how])}
