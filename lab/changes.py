@@ -4,9 +4,10 @@
 
 A change is either some settings, or a function that changes the network after it is built. Each
 trains with every seed as `python train.py` does, and is evaluated on 150 images of val. Differences
-to "the recipe" are paired by seed, with 95% intervals. A run that DIR has already is not repeated.
-One thread needs ten to twenty minutes for a run: give `--threads 1`, and start one program for each
-core with its own `--only`.
+to "the recipe" are paired by seed, with 95% intervals; DIR/changes.png shows them. A run that DIR
+has already is not repeated. One thread needs twenty minutes for a run, half of it with `--steps
+475`: give `--threads 1`, and start one program for each core with its own `--only`. Both train "the
+recipe" unless DIR has it.
 """
 import copy
 import json
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from lab import ends, evaluate, methods, runs, worlds
+from lab.draw import new_figure, save
 from lab.intervals import paired_t
 from lab.recipes import RECIPES
 from seamless import leaky
@@ -63,7 +65,8 @@ class StuffOnly(nn.Module):
         logits = self.head(features)
         if self.training:
             return logits
-        return logits.masked_fill(self.isthing[None, :, None, None], -torch.inf)
+        never = -1e4                                       # -inf times a weight of 0 is no number
+        return logits.masked_fill(self.isthing[None, :, None, None], never)
 
 
 def without_void(net):
@@ -131,19 +134,27 @@ CHANGES = {  # settings, or a function
     "mean of the weights, 0.99": Averaged,
     "fusion without void": without_void,
 }
+UNTRAINED = ("fusion without void",)                       # predicts with the recipe's weights
 
 
-def trained(method, build, settings, *, seed, folder, words, split, images):
+def label(name, seed):
+    """The name of the folder of a run."""
+    return f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
+def trained(method, build, settings, *, seed, folder, words, split, images, ready=False):
     """Trains as `python train.py --method METHOD` does on the street, with these settings and a
-    network of `build` in place of the method's own, and reads the checkpoint back -> the network,
-    `images` scenes of a split, the World, and what a result says of the run."""
+    network of `build` in place of the method's own, unless `folder` is `ready`; reads the
+    checkpoint back -> the network, `images` scenes of a split, the World, and what a result says of
+    the run."""
     import train
     methods.METHODS["changed"] = (build, methods.METHODS[method][1])
     RECIPES["changed", "street"] = RECIPES[method, "street"]
     flags = train.parse(["--method", "changed", "--seed", str(seed), "--out", str(folder),
                          "--eval-images", "1", *words])
     flags.set = [*settings, *flags.set]
-    train.run(flags)
+    if not ready:
+        train.run(flags)
     state = runs.load_checkpoint(folder / "last.pt")
     world = runs.World(flags.device, flags.precision, flags.threads or 0)
     scenes = worlds.world("street", split, images)
@@ -152,20 +163,57 @@ def trained(method, build, settings, *, seed, folder, words, split, images):
                                     settings=state["settings"])
 
 
-def measured(name, seed, folder, words):
-    """Trains a change, evaluates it on val -> metrics."""
-    change, path = CHANGES[name], folder / "val" / "metrics.json"
+def measured(name, seed, out, words):
+    """Trains a change and evaluates it on val, unless the folder `out` has it -> metrics."""
+    change, path = CHANGES[name], out / label(name, seed) / "val" / "metrics.json"
     if not path.exists():
         settings, after = (change, None) if isinstance(change, list) else ([], change)
+        ready = name in UNTRAINED
 
         def build(*how):
             net = methods.build_seamless(*how)
-            return after(net) if after else net
-        net, val, world, about = trained("seamless", build, settings, seed=seed, folder=folder,
-                                         words=words, split="val", images=IMAGES)
-        evaluate.evaluate(net, val, world, folder / "val", quiet=True, about=about,
-                          short_side=about["settings"]["crops"]["short_side"])
+            return net if ready or after is None else after(net)
+        net, val, world, about = trained(
+            "seamless", build, settings, seed=seed, words=words, split="val", images=IMAGES,
+            folder=out / label("the recipe" if ready else name, seed), ready=ready)
+        evaluate.evaluate(after(net) if ready else net, val, world, path.parent, quiet=True,
+                          about=about, short_side=about["settings"]["crops"]["short_side"])
     return json.loads(path.read_text())
+
+
+def table(found):
+    """{name: metrics of each seed} -> text: means over the seeds, and differences of PQ."""
+    lines = [f"{'mean of seeds':32s}    PQ  PQ_th  PQ_st  minutes  PQ against the recipe, 95%"]
+    for name, rows in found.items():
+        means = [sum(r[k] for r in rows) / len(rows) for k in ("PQ", "PQ_th", "PQ_st")]
+        minutes = sum(r["run"]["minutes"] for r in rows) / len(rows)
+        change = paired_t(*([r["PQ"] for r in side] for side in (rows, found["the recipe"])))
+        lines.append(f"{name:32s}" + "".join(f"{m:6.1f} " for m in means) + f"{minutes:8.1f}  "
+                     + "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change))
+    return "\n".join(lines)
+
+
+def draw(found, path):
+    """{name: metrics of each seed} -> a picture: differences to the recipe in PQ of all categories,
+    of things and of stuff; a dot a seed, a bar its 95% interval, the best change above."""
+    against = found["the recipe"]
+
+    def gain(name, key="PQ"):
+        return paired_t(*([r[key] for r in side] for side in (found[name], against)))
+    names = sorted((n for n in found if n != "the recipe"), key=gain)
+    figure = new_figure(1 + 0.25 * len(names))
+    panels = figure.subplots(1, 3, sharey=True)
+    for ax, key, title in zip(panels, ("PQ", "PQ_th", "PQ_st"), ("PQ", "of things", "of stuff")):
+        for y, name in enumerate(names):
+            mean, low, high = gain(name, key)
+            ax.plot([low, high], [y, y], color="tab:blue", alpha=0.5, lw=4)
+            ax.plot([r[key] - a[key] for r, a in zip(found[name], against)], [y] * len(against),
+                    ".", color="black", ms=4)
+            ax.plot(mean, y, "o", color="tab:orange", ms=5)
+        ax.axvline(0, color="gray", lw=0.8)
+        ax.set(title=title, xlabel="points against the recipe")
+        ax.set_yticks(range(len(names)), names)
+    save(figure, path)
 
 
 def main(argv=None):
@@ -174,20 +222,14 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--out", default="runs/changes")
     own, words = parser.parse_known_args(argv)
-    found = {}
+    found, out = {}, Path(own.out)
     for name in dict.fromkeys(["the recipe", *own.only]):
         rows = found[name] = []
         for seed in range(own.seeds):
-            label = name.replace(" ", "-").replace(",", "")
-            rows.append(measured(name, seed, Path(own.out, f"{label}-{seed}"), words))
+            rows.append(measured(name, seed, out, words))
             print(f"{name}, seed {seed}: PQ {rows[-1]['PQ']:.1f}", flush=True)
-    print(f"\n{'mean of seeds':32s}    PQ  PQ_th  PQ_st  minutes  PQ against the recipe, 95%")
-    for name, rows in found.items():
-        means = [sum(r[k] for r in rows) / len(rows) for k in ("PQ", "PQ_th", "PQ_st")]
-        minutes = sum(r["run"]["minutes"] for r in rows) / len(rows)
-        change = paired_t(*([r["PQ"] for r in side] for side in (rows, found["the recipe"])))
-        print(f"{name:32s}" + "".join(f"{m:6.1f} " for m in means) + f"{minutes:8.1f}  "
-              + "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change))
+    print(f"\n{table(found)}")
+    draw(found, out / "changes.png")
 
 
 if __name__ == "__main__":

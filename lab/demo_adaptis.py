@@ -59,13 +59,14 @@ def load(path):
 
 
 def fit(model, seconds, world, batch=None, *, top=0.004, count=(8, 45), varied=0.0,
-        clock=time.time, quiet=False):
+        rate=None, quiet=False):
     """Trains for `seconds`, each stage of the model its share of them -> images seen. Each step
     takes `batch` new images of count[0] to count[1] cells. Adam; the rate rises to `top` in the
     first 3% of a stage and falls to 0 like a cosine.
 
-    Choice: the clock decides, so that a demo takes the same time on any machine. Batches of 4, on a
-      GPU of 64: on an H200 steps of 4 and of 64 images take equally long, 22 to 24 ms.
+    Choice: the clock decides, so that a demo takes the same time on any machine. With `rate`, a
+      second is so many images, so that any machine learns as much. Batches of 4, on a GPU of 64:
+      on an H200 steps of 4 and of 64 images take equally long, 22 to 24 ms.
     Choice: `varied` 0.5 makes half of the images as uneven as the authors'. After five minutes 72%
       instead of 61% of the cells of their noisy image are found. On test images, which are even,
       AP@.9 is 67 instead of 74, after a million images 93.
@@ -76,7 +77,9 @@ def fit(model, seconds, world, batch=None, *, top=0.004, count=(8, 45), varied=0
                         batch or (64 if cuda else 4), collate_fn=together, pin_memory=cuda,
                         num_workers=world.workers() if cuda else 0, generator=torch.Generator())
     batches, categories = iter(loader), (torch.arange(256) > 0).long().to(world.device)
-    seen, began, parts = 0, clock(), 1000
+    seen, parts = 0, 1000
+    clock = time.time if rate is None else lambda: seen / rate
+    began = clock()
     for name, optimiser, part in model.stages(dict(steps=parts, lr=top, lr_body=top, decay=0.0)):
         trained = [p for group in optimiser.param_groups for p in group["params"]]
         model.requires_grad_(False)
@@ -300,9 +303,9 @@ def authors_images(model, folder, world):
 
 
 def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures", seed=0,
-          varied=0.0, quick=False):
-    """Trains for `seconds`, or reads `weights`; prints the tables, draws the figure -> (table_1's
-    rows, {(side, head): share found}).
+          varied=0.0, rate=None, quick=False):
+    """Trains for `seconds`, of `rate` images each if it is given, or reads `weights`; prints the
+    tables, draws the figure -> (table_1's rows, {(side, head): share found}).
 
     `quick`, or a run of less than a minute, measures 20 images instead of 200. A run of more than
     ten minutes adds the slow rows of larger images."""
@@ -314,7 +317,7 @@ def cells(seconds=300, weights=None, authors=None, device="cpu", *, out="figures
     if weights is None:
         count = sum(p.numel() for p in model.parameters())
         print(f"training for {seconds:g} s on {world.hardware()}, {count / 1e6:.2f}M weights")
-        seen = fit(model.train(), seconds, world, varied=varied)
+        seen = fit(model.train(), seconds, world, varied=varied, rate=rate)
         print(f"trained on {seen} images: {seen / seconds:.0f} a second")
     quick, full = quick or seconds < 60, seconds > 600
     if weights is None and not quick:                          # a trial overwrites nothing

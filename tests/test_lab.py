@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from data import DataError
-from lab import leaderboard, report, runs, shapes, versus
+from lab import changes, leaderboard, methods, recipes, report, runs, shapes, versus
+from test_documents import FEW
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,16 +29,6 @@ def test_every_table_names_its_command_or_says_that_it_is_older():
             assert "seeds" in row or len(row["cells"]) == len(table["columns"]), (path.name, row)
 
 
-def test_the_report_averages_seeds_and_pairs_differences(tmp_path, monkeypatch):
-    table = {"order": 1, "title": "T", "columns": ["PQ"], "differences": [["a", "b"]], "rows": [
-        {"name": "a", "seeds": {"0": {"PQ": 10.0}, "1": {"PQ": 14.0}}},
-        {"name": "b", "seeds": {"0": {"PQ": 9.0}, "1": {"PQ": 11.0}}}]}
-    text = report.section(table)
-    assert "| a | 12.0 | 0, 1 |" in text and "| b | 10.0 | 0, 1 |" in text
-    # Differences 1 and 3: mean 2, deviation sqrt 2, t = 12.706 with one degree of freedom.
-    assert "| **a - b** | +2.0 [-10.7, +14.7] |" in text
-
-
 def fake_run(folder, seed, pq, **facts):
     folder.mkdir(parents=True)
     ap = {k: 1.0 for k in ("AP", "AP_small", "AP_medium", "AP_large")}
@@ -56,6 +47,17 @@ def test_two_recipes_are_compared_seed_by_seed(tmp_path, capsys):
     assert result["PQ"] == pytest.approx((52, 49, 3, 3 - 4.303 / 3 ** .5, 3 + 4.303 / 3 ** .5),
                                          abs=1e-3)
     assert "box AP_large" not in result and "PQ" in capsys.readouterr().out
+
+
+def test_a_change_of_predictions_alone_reads_the_weights_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "IMAGES", 2)
+    monkeypatch.setitem(methods.METHODS, "changed", None)      # both are taken away afterwards
+    monkeypatch.setitem(recipes.RECIPES, ("changed", "street"), None)
+    changes.main(["--only", "fusion without void", "--out", str(tmp_path), "--seeds", "1",
+                  "--images", "4", *FEW])
+    recipe, changed = (tmp_path / name for name in ("the-recipe-0", "fusion-without-void-0"))
+    assert (recipe / "last.pt").exists() and not (changed / "last.pt").exists()
+    assert (changed / "val/metrics.json").exists() and (tmp_path / "changes.png").exists()
 
 
 BOARD = dict(split="test", hardware="1 x 2 threads of a x86_64 CPU, bf16, torch 2.14", minutes=5.5,

@@ -78,12 +78,12 @@ def test_one_frame_in_cityscapes_layout_is_learnt_by_heart(tmp_path):
 
 @claim("sofiiuk2019", "6", "overlapping cells are told apart, in larger images as well",
        of="adaptis.AdaptIS", figure="adaptis.png", result="AdaptIS on overlapping cells: the demo")
-def test_cells_are_learnt_in_five_minutes_and_larger_images_are_no_harder(tmp_path, monkeypatch):
-    """Bars are for a machine of half the speed. At 384x384 the recall is at least 0.98 of that at
+def test_cells_are_learnt_in_minutes_and_larger_images_are_no_harder(tmp_path, monkeypatch):
+    """From 8,100 images, half of the demo's. At 384x384 the recall is at least 0.98 of that at
     96x96; without the window the weights fail at 192x192. Two points of a cell give one mask."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(2)
-    rows, larger = demo_adaptis.cells(300)
+    rows, larger = demo_adaptis.cells(300, rate=27)
     ap = [rows["random points"][t] for t in (0.5, 0.7, 0.8, 0.9)]
     assert ap == sorted(ap, reverse=True) and ap[0] >= 90 and ap[-1] >= 58
     assert rows["one mask"] >= 0.8

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import normalize
 import seamless
 from claims import claim
 from data import IGNORE, Target, mask_boxes
+from lab import changes
 from seamless import (GroupNorm, MiniDL, RegionProposalHead, RegionSegmentationHead, Seamless,
                       SemanticHead, at_size, fuse, hardest_pixels_loss, mask_targets, resnet_fpn,
                       sample, smooth_l1_box_loss, window_mean)
@@ -654,6 +655,8 @@ def test_predict_is_the_fusion_of_both_branches_at_any_size():
             assert net.predict(rand(3, 64, 96), size).categories.tolist() == kept
     net = staged_net(score_threshold=0.2)
     assert net.predict(rand(3, 64, 96)).categories.tolist() == [1, 3, 0, 2]
+    p = changes.without_void(staged_net()).eval().predict(rand(3, 64, 96))      # as lab.changes has
+    assert (p.segments > 0).all() and p.categories.tolist() == [1, 0, 2]
 
 
 def test_the_settings_reach_the_heads_and_the_outputs_start_near_zero():
