@@ -107,10 +107,12 @@ class Averaged(nn.Module):
 
 
 SGD = ["fit.adam=False", "fit.lr=0.04", "fit.decay=1e-4"]
+DROPS = ["fit.cosine=False", "fit.drops=(0.6, 0.85)"]
 CHANGES = {  # settings, or a function
     "the recipe": [],
     "SGD, lr 0.04": SGD,
-    "SGD, rate falls twice by 10": [*SGD, "fit.cosine=False", "fit.drops=(0.6, 0.85)"],
+    "SGD, rate falls twice by 10": [*SGD, *DROPS],
+    "rate falls twice by 10": DROPS,
     "lr 0.004": ["fit.lr=0.004"],
     "lr 0.001": ["fit.lr=0.001"],
     "anchors of 2 strides": ["model.anchor_scale=2"],
@@ -195,21 +197,22 @@ def table(found):
 
 def draw(found, path):
     """{name: metrics of each seed} -> a picture: differences to the recipe in PQ of all categories,
-    of things and of stuff; a dot a seed, a bar its 95% interval, the best change above."""
+    of things and of stuff. A dot is a seed, orange their mean, a bar its 95% interval."""
     against = found["the recipe"]
 
     def gain(name, key="PQ"):
         return paired_t(*([r[key] for r in side] for side in (found[name], against)))
     names = sorted((n for n in found if n != "the recipe"), key=gain)
     figure = new_figure(1 + 0.25 * len(names))
-    panels = figure.subplots(1, 3, sharey=True)
-    for ax, key, title in zip(panels, ("PQ", "PQ_th", "PQ_st"), ("PQ", "of things", "of stuff")):
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    titles = {"PQ": "PQ", "PQ_th": "PQ of things", "PQ_st": "PQ of stuff"}
+    for ax, (key, title) in zip(panels, titles.items()):
         for y, name in enumerate(names):
             mean, low, high = gain(name, key)
             ax.plot([low, high], [y, y], color="tab:blue", alpha=0.5, lw=4)
             ax.plot([r[key] - a[key] for r, a in zip(found[name], against)], [y] * len(against),
                     ".", color="black", ms=4)
-            ax.plot(mean, y, "o", color="tab:orange", ms=5)
+            ax.plot(mean, y, "|", color="tab:orange", ms=10, mew=2)
         ax.axvline(0, color="gray", lw=0.8)
         ax.set(title=title, xlabel="points against the recipe")
         ax.set_yticks(range(len(names)), names)
