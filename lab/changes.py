@@ -6,8 +6,8 @@ A change is either some settings, or a function that changes the network after i
 trains with every seed as `python train.py` does, and is evaluated on 150 images of val. Differences
 to "the recipe" are paired by seed, with 95% intervals; DIR/changes.png shows them. A run that DIR
 has already is not repeated. One thread needs twenty minutes for a run, half of it with `--steps
-475`: give `--threads 1`, and start one program for each core with its own `--only`. Both train "the
-recipe" unless DIR has it.
+475`: give `--threads 1`, run `--only "the recipe"` first, then one program for each core with its
+own `--only`.
 """
 import copy
 import json
@@ -65,7 +65,7 @@ class StuffOnly(nn.Module):
         logits = self.head(features)
         if self.training:
             return logits
-        never = -1e4                                       # -inf times a weight of 0 is no number
+        never = -1e4                                       # not -inf: resizing would make NaN of it
         return logits.masked_fill(self.isthing[None, :, None, None], never)
 
 

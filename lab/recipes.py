@@ -15,7 +15,7 @@ RECIPES = {}
 # of 0.5 on; crops have one scale, that of test images, and any place: ISUS was no better on val
 # (`--sampler isus` draws scales of 0.8 to 1.25).
 # Anchors have many aspect ratios, as for Vistas (5.3), and sides of four strides: toy images
-# have 256x512 pixels, a quarter of the real size. RESULTS.md has what each choice is worth.
+# have 256x512 pixels, a quarter of the real size. RESULTS.md has what most choices are worth.
 RECIPES["seamless", "street"] = dict(
     body=dict(name="small", width=64, extra=2),
     model=dict(box_loss="cabb", anchor_scale=4, ratios=(0.2, 0.5, 1, 2, 5), positive=0.5,
