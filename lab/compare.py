@@ -27,7 +27,7 @@ VARIANTS = {"seamless, Eq. 1": ["--method", "seamless", "--box-loss", "standard"
             "seamless": ["--method", "seamless"],
             "seamless, ISUS": ["--method", "seamless", "--sampler", "isus"]}
 COLUMNS = ("PQ", "PQ_th", "PQ_st", "AP_mask", "AP_box", "steps", "minutes")
-TIMED = 40                                                     # steps; the later half is timed
+TIMED = 40                                                     # steps; the first half warms up
 
 
 def plain(row):
@@ -56,7 +56,7 @@ def result(row, words, folder, seed, steps):
 
 def steps_in(minutes, row, words, folder):
     """How many steps of a method fit into `minutes`, rounded to 50 and at least 50. A training of a
-    few steps tells, and is kept."""
+    few steps tells, and is kept. All its stages count: AdaptIS's second is twice as fast."""
     import train
     path = folder / f"timed-{plain(row)}"
     if not (path / "metrics.json").exists():
@@ -65,9 +65,13 @@ def steps_in(minutes, row, words, folder):
         flags.set = [*flags.set, f"fit.interval={TIMED // 2}"]
         train.run(flags)
     with open(path / "log.csv", newline="") as f:
-        speed = float(list(csv.DictReader(f))[-1]["images_per_second"])
+        rows = list(csv.DictReader(f))
+    lengths = np.diff([0, *(int(r["step"]) for r in rows)])
+    speeds = np.array([float(r["images_per_second"]) for r in rows])
+    speeds[0] = speeds[1]                                      # the first steps warm up
     batch = json.loads((path / "metrics.json").read_text())["run"]["batch"]
-    return max(50, round(minutes * 60 * speed / batch / 50) * 50)
+    each = batch * (lengths / speeds).sum() / TIMED            # seconds of a step
+    return max(50, round(minutes * 60 / each / 50) * 50)
 
 
 def table(rows, title, best="seamless"):

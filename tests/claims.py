@@ -7,8 +7,7 @@ PAPERS = {
     "sofiiuk2019": "AdaptIS: Adaptive Instance Selection Network",
     "li2020": "Unifying Training and Inference for Panoptic Segmentation",
     "degeus2023": "Intra-Batch Supervision for Panoptic Segmentation on High-Resolution Images",
-    "kirillov2019": "Panoptic Segmentation",
-}
+    "kirillov2019": "Panoptic Segmentation"}
 
 
 def claim(paper, where, text, of="", figure="", result=""):

@@ -10,8 +10,7 @@ from torch import nn
 
 from adaptis import (AdaIN, AdaptIS, InstanceSelection, RelativeCoordConv, UNet, adain, bilinear,
                      binary_cross_entropy, conv, example, focal_loss, local_maxima,
-                     normalized_focal_loss, sample_batch, sample_points,
-                     segment_instances)
+                     normalized_focal_loss, sample_batch, sample_points, segment_instances)
 from claims import claim
 from data import DataError, Sample, crop, mask_boxes
 from lab import clicks, demo_adaptis

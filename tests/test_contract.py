@@ -93,9 +93,8 @@ def test_the_numbering_of_segments_does_not_matter(model, scenes):
     first = losses(model.train(), images, targets)
     turned = []
     for t in targets:
-        n = len(t.categories)
-        order = torch.arange(n - 1, -1, -1)
-        number = torch.cat([torch.zeros(1, dtype=torch.long), n - torch.arange(n)])
+        order = torch.arange(len(t.categories)).flip(0)
+        number = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
         rows = {k: getattr(t, k)[order] for k in ("categories", "crowd", "boxes", "full_boxes",
                                                   "truncated")}
         turned.append(dataclasses.replace(t, segments=number[t.segments], **rows))
@@ -111,20 +110,16 @@ def test_a_prediction_is_well_formed(model, scenes, size):
     image = scenes[0].image[:, 96:160, 160:256]
     torch.manual_seed(0)
     found = model.eval().predict(image, size)
-    height, width = size or (64, 96)
+    (height, width), n = size or (64, 96), len(found.categories)
     assert found.segments.shape == (height, width) and found.segments.dtype == torch.int64
-    present = torch.unique(found.segments)
-    present = present[present > 0]
-    assert present.tolist() == list(range(1, len(found.categories) + 1))
+    assert {0, *found.segments.unique().tolist()} == {*range(n + 1)}
     isthing = torch.tensor([c.isthing for c in scenes.categories])
     stuff = found.categories[~isthing[found.categories]]
-    assert len(stuff) == len(stuff.unique())
-    assert len(found.scores) == len(found.categories)
+    assert len(stuff) == len(stuff.unique()) and len(found.scores) == n
     assert ((found.scores >= 0) & (found.scores <= 1)).all()
     d = len(found.instances["scores"])
-    assert found.instances["boxes"].shape == (d, 4)
-    assert found.instances["masks"].shape == (d, height, width)
-    assert len(found.instances["categories"]) == d
+    for key, shape in (("boxes", (d, 4)), ("masks", (d, height, width)), ("categories", (d,))):
+        assert found.instances[key].shape == shape
 
 
 # --- Box losses -------------------------------------------------------------------------------

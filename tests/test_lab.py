@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data import DataError
-from lab import changes, leaderboard, methods, recipes, report, runs, shapes, versus
+from lab import changes, compare, leaderboard, methods, recipes, report, runs, shapes, versus
 from test_documents import FEW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,13 @@ def test_two_recipes_are_compared_seed_by_seed(tmp_path, capsys):
     assert result["PQ"] == pytest.approx((52, 49, 3, 3 - 4.303 / 3 ** .5, 3 + 4.303 / 3 ** .5),
                                          abs=1e-3)
     assert "box AP_large" not in result and "PQ" in capsys.readouterr().out
+
+
+def test_equal_minutes_count_all_stages_of_a_method(tmp_path):
+    """35 steps of 4 at 10 images a second, 5 at 20, are 15 s; the first 20 warmed up."""
+    fake_run(tmp_path / "timed-adaptis", 0, 50.0, batch=4)
+    (tmp_path / "timed-adaptis/log.csv").write_text("step,images_per_second\n20,1\n35,10\n40,20")
+    assert compare.steps_in(5, "adaptis", [], tmp_path) == 5 * 60 / 15 * 40
 
 
 def test_a_change_of_predictions_alone_reads_the_weights_of_the_recipe(tmp_path, monkeypatch):

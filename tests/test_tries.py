@@ -75,8 +75,7 @@ COMMANDS = [
     ("--method queries --set model.layers=1", "levels at most"),
     ("--device cuda", "CUDA"),                                 # on a machine without one
     ("--predict", "--predict"), ("--steps ten", "--steps"), ("--methd ibs", "--methd"),
-    ("--method yolo", "yolo", "seamless"), ("--sampler paired --dataset moon", "moon"),
-]
+    ("--method yolo", "yolo", "seamless"), ("--sampler paired --dataset moon", "moon")]
 
 
 @pytest.mark.parametrize("words, parts", [(w, parts) for w, *parts in COMMANDS],
@@ -133,8 +132,7 @@ CHECKPOINTS = [  # what becomes of the checkpoint, flags, words of the sentence
     (None, "--dataset cells", "was trained with --dataset"),
     (None, "--seed 5", "was trained with --seed"), (None, "--set body.width=32", "another network"),
     (None, "--steps 9", "--steps: --eval does not read it"),
-    (None, "--set fit.lr=1", "--set fit.lr: --eval"), (None, "--set crops.flip=0", "crops.flip"),
-]
+    (None, "--set fit.lr=1", "--set fit.lr: --eval"), (None, "--set crops.flip=0", "crops.flip")]
 
 
 @pytest.mark.parametrize("change, flags, words", CHECKPOINTS)
