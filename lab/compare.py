@@ -56,7 +56,7 @@ def result(row, words, folder, seed, steps):
 
 def steps_in(minutes, row, words, folder):
     """How many steps of a method fit into `minutes`, rounded to 50 and at least 50. A training of a
-    few steps tells, and is kept. All its stages count: AdaptIS's second is twice as fast."""
+    few steps tells, and is kept. All stages count: the second one of AdaptIS is faster."""
     import train
     path = folder / f"timed-{plain(row)}"
     if not (path / "metrics.json").exists():
