@@ -84,7 +84,7 @@ def test_a_wrong_command_ends_in_one_sentence_and_leaves_no_folder(
         words, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    images = [] if "coco" in words or "--eval" in words else ["--images", 4]
+    images = [] if "coco" in words or "--eval" in words else ["--images", 4, "--steps", 1]
     text = sentence(capsys, *images, "--threads", 1, *words.split())
     assert all(part in text for part in parts), text
     assert list(tmp_path.iterdir()) == []
