@@ -13,8 +13,8 @@ training, of far more at the test. MiniDL takes the mean of a window of 64x64 fe
 
 The paper claims 51.43 M parameters and 0.514 TFLOP at 1024x2048; two networks take 78.06 M and
 0.864, for the same PQ: Cityscapes 59.8, IDD 46.9 (two: 47.2). On the toy street, 1000 steps, one
-has 71.1, two have 71.5 (lab/two.py). With the released stride 64 and MiniDL this file has
-48,288,147 + 4,719,104 - 1,572,864 = 51,434,387 parameters.
+has 71.1, two have 71.5 (lab/two.py). This file has 48,288,147 parameters and 0.555 T multiply-adds;
+with stride 64 and MiniDL as released 51,434,387 and 0.489 T (`python -m lab.ledger`).
 
     python seamless.py [--quick] [--full] [--device D] [--out DIR]      example, costs, a figure
     pytest tests/test_seamless.py                                       the spec of this file

@@ -123,7 +123,7 @@ CHANGES = {  # settings, or a function
     "300 proposals": ["model.proposals=300"],
     "128 boxes an image": ["model.rois=128"],
     "Lovasz loss for masks": ["model.mask_loss=lovasz"],
-    "batches of 2, twice the steps": ["fit.batch=2", "fit.lr=0.0014", "fit.steps=1900"],
+    "batches of 2, 1900 steps": ["fit.batch=2", "fit.lr=0.0014", "fit.steps=1900"],
     "input x 1.5, tiny body": ["crops.short_side=384", "body.name=tiny"],
     "scales from 0.8 to 1.25": ["crops.scale=(0.8, 1.25)"],
     "ISUS, one scale": ["crops.mode=isus", "crops.scale_things=(1, 1)"],
@@ -209,7 +209,8 @@ def draw(found, path):
     for ax, (key, title) in zip(panels, titles.items()):
         for y, name in enumerate(names):
             mean, low, high = gain(name, key)
-            ax.plot([low, high], [y, y], color="tab:blue", alpha=0.5, lw=4)
+            ax.plot([low, high], [y, y], color="tab:blue", alpha=0.5, lw=4,
+                    solid_capstyle="butt")                     # no longer than the interval
             ax.plot([r[key] - a[key] for r, a in zip(found[name], against)], [y] * len(against),
                     ".", color="black", ms=4)
             ax.plot(mean, y, "|", color="tab:orange", ms=10, mew=2)

@@ -4,19 +4,19 @@ Convention: a multiply-add is one product in a convolution, a fully connected la
 Norms, poolings, interpolations and softmax are not counted, as is the custom. All runs on torch's
 meta device, where a pass costs nothing, whatever the size of the image.
 
-    python -m lab.ledger          Seamless on Cityscapes, beside the paper's numbers
+    python -m lab.ledger     Seamless on Cityscapes, beside the paper's numbers; on the toy street
 """
 import copy
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from seamless import Seamless, resnet_fpn
+from lab import methods
+from lab.recipes import RECIPES
+from seamless import Seamless, conv_norm, resnet_fpn
 
 META = torch.device("meta")
-# Parameters of layers that differ in the released code (see seamless.py).
-STRIDE_64 = 2048 * 256 * 9 + 2 * 256       # 3x3 convolution from conv5 and norm; none here
-MINIDL = 4 * 384 * 128 * 8                 # last convolutions of four MiniDL: 1x1 there, 3x3 here
 
 
 def parameters(*modules, trainable=False):
@@ -38,6 +38,30 @@ def cityscapes():
     with META:
         body = resnet_fpn("resnet50", extra=1, frozen=2, frozen_norm=True)
     return Seamless([False] * 11 + [True] * 8, body).eval().to(META)
+
+
+class Stride64(ExtraFPNBlock):
+    """The released code's level of stride 64: a 3x3 convolution of C_5, with norm."""
+
+    def __init__(self, c_in, width):
+        super().__init__()
+        self.conv = conv_norm(c_in, width, 3, stride=2)
+
+    def forward(self, results, inputs, names):
+        return [*results, self.conv(inputs[-1])], [*names, "64"]
+
+
+def released(net):
+    """A copy of a Seamless with the two layers in which the released code differs from the paper's
+    text: `Stride64`, and a 1x1 as last convolution of each MiniDL."""
+    net = copy.deepcopy(net)
+    with META:
+        net.body.fpn.extra_blocks = Stride64(net.body.fpn.inner_blocks[-1][0].in_channels,
+                                             net.body.channels)
+        for head in net.semantic_head.heads:
+            c = head.near[0].out_channels
+            head.out = conv_norm(3 * c, c, 1)
+    return net.eval()
 
 
 def seamless_ledger(net, size=(1024, 2048), detections=100):
@@ -79,24 +103,39 @@ def ledger(net, size=(1024, 2048)):
     return {**rows, "embeddings x features": (0, count * features.numel())}
 
 
+def totals(net, **image):
+    """-> {networks: (parameters, multiply-adds)} of one Seamless, and of two: the second has a body
+    of its own without the extra level. Frozen stages are the same in both and count once."""
+    rows = seamless_ledger(net, **image)
+    count, _, work = (sum(row[i] for row in rows.values()) for i in range(3))
+    extra = net.body.fpn.extra_blocks
+    more = parameters(net.body) - parameters(*net.body.stages[:net.body.frozen])
+    again = rows["ResNet"][2] + rows["pyramid"][2]
+    if extra:
+        c5 = torch.empty(1, extra.conv[0].in_channels, 32, 64, device=META)
+        more, again = more - parameters(extra), again - multiply_adds(extra.conv, c5)[0]
+    return {"one network": (count, work), "two networks": (count + more, work + again)}
+
+
 def print_seamless():
     """The Cityscapes model, one network and two, beside the paper's numbers."""
     net = cityscapes()
-    rows = seamless_ledger(net)
     print("Cityscapes, one image of 1024x2048, 100 objects   parameters   trainable  multiply-adds")
-    for part, (count, learn, work) in rows.items():
+    for part, (count, learn, work) in seamless_ledger(net).items():
         print(f"  {part:44s} {count / 1e6:8.2f} M  {learn / 1e6:8.2f} M  {work / 1e12:10.3f} T")
-    count, _, work = (sum(row[i] for row in rows.values()) for i in range(3))
-    released = count + STRIDE_64 - MINIDL
-    # A second network has a body of its own, but stem and conv2 are frozen: the same in both.
-    body = parameters(net.body) - parameters(*net.body.stages[:2])
-    again = rows["ResNet"][2] + rows["pyramid"][2]
     print("                 paper               here                here, with released layers")
-    for name, paper, n, operations, exact in (
-            ("one network ", "51.43 M  0.514 T", count, work, released),
-            ("two networks", "78.06 M  0.864 T", count + body, work + again, released + body)):
-        print(f"  {name}   {paper}    {n / 1e6:.2f} M  {operations / 1e12:.3f} T    {exact:,}")
-    print("The paper says that two networks need 50.4% more operations; 0.864 / 0.514 is 68% more.")
+    paper = {"one network": "51.43 M  0.514 T", "two networks": "78.06 M  0.864 T"}
+    other = totals(released(net))
+    for name, (count, work) in totals(net).items():
+        print(f"  {name:12s}   {paper[name]}    {count / 1e6:.2f} M  {work / 1e12:.3f} T    "
+              f"{other[name][0]:,}  {other[name][1] / 1e12:.3f} T")
+    print("The paper says 50.4% more operations for two; 0.864 / 0.514 is 68% more.")
+    recipe = RECIPES["seamless", "street"]
+    small = methods.build_seamless([False] * 5 + [True] * 4, recipe["body"], recipe["model"])
+    print("The toy street, one image of 256x512, 20 objects:")
+    small = small.eval().to(META)
+    for name, (count, work) in totals(small, size=(256, 512), detections=20).items():
+        print(f"  {name:12s}   {count / 1e6:.2f} M  {work / 1e9:.2f} G")
 
 
 if __name__ == "__main__":

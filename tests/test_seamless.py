@@ -17,7 +17,7 @@ from torchvision.transforms.functional import normalize
 import seamless
 from claims import claim
 from data import IGNORE, Target, mask_boxes
-from lab import changes
+from lab import changes, ledger
 from seamless import (GroupNorm, MiniDL, RegionProposalHead, RegionSegmentationHead, Seamless,
                       SemanticHead, at_size, fuse, hardest_pixels_loss, mask_targets, resnet_fpn,
                       sample, smooth_l1_box_loss, window_mean)
@@ -692,16 +692,16 @@ def test_one_stage_of_sgd_with_or_without_decay_of_norms():
 # --- lab: the ledger, the demo ----------------------------------------------------------------
 @claim("porzi2019", "5.4", "51.43 M parameters, two networks 78.06 M", of="Seamless")
 def test_the_ledger_reproduces_the_papers_parameters_exactly():
-    """A second body shares the frozen stem and conv2."""
-    from lab import ledger
+    """A second body shares the frozen stem and conv2. Multiply-adds: layers by hand."""
     net = ledger.cityscapes()
     rows = ledger.seamless_ledger(net)
-    one = sum(row[0] for row in rows.values())
+    here, there = map(ledger.totals, (net, ledger.released(net)))
+    (one, work), pixels = here["one network"], 1024 * 2048
     assert one == sum(p.numel() for p in net.parameters()) == 48_288_147
-    assert one + 4_719_104 - 1_572_864 == one + ledger.STRIDE_64 - ledger.MINIDL == 51_434_387
-    second = ledger.parameters(net.body) - ledger.parameters(*net.body.stages[:2])
-    assert 51_434_387 + second == 78_063_507 and rows["ResNet"][:2] == (23_508_032, 23_232_512)
+    assert one + 4_719_104 - 1_572_864 == there["one network"][0] == 51_434_387
+    assert there["two networks"][0] == 78_063_507 and rows["ResNet"][:2] == (23_508_032, 23_232_512)
     # A deconvolution has a product for each input and weight.
     mask = 4 * 256 * 256 * 9 * 14 * 14 + 256 * 256 * 4 * 14 * 14 + 256 * 8 * 28 * 28
-    assert rows["region head, masks"][2] == 100 * mask
-    assert sum(row[2] for row in rows.values()) == pytest.approx(0.555e12, rel=1e-3)
+    assert rows["region head, masks"][2] == 100 * mask and work == pytest.approx(0.555e12, rel=1e-3)
+    less = 384 * 128 * 8 * sum(pixels // s ** 2 for s in (4, 8, 16, 32))   # MiniDL; stride 64
+    assert work - there["one network"][1] == less - 2048 * 256 * 9 * pixels // 64 ** 2
