@@ -146,8 +146,8 @@ class InstanceSelection(nn.Module):
         W * [F; X] = W_F * F + W_X * X                `share` is W_F, `place` is W_X
 
     Deviation: with a `window` (height, width) the head sees that many pixels around the point. None
-      is the paper's: the whole image. It finds 234 of 250 cells of a large one (Figure 3 d), for
-      AdaIN's mean changes with an object's share: a cell fills 2% of 96x96, 0.1% of 384x384 pixels.
+      is the paper's: the whole image (Figure 3 d: 234 of 250 cells of a large one found). AdaIN's
+      mean changes with an object's share: a cell fills 2% of 96x96 pixels, 0.1% of 384x384.
     Choice: `blocks` layers of `width` channels with AdaIN, then one with batch norm. The paper has
       no numbers; released code has one AdaIN after three (as good: `python -m lab.variants`).
     Choice: W_X is 1x1. Coordinates are linear: a 3x3 differs only at clipped or padded places.
