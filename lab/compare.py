@@ -95,7 +95,8 @@ def draw(tables, path):
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for ax, (title, rows) in zip(panels, tables.items()):
         y = np.arange(len(rows))
-        mean = {c: [np.mean([s[c] for s in seeds]) for seeds in rows.values()] for c in COLUMNS}
+        mean = {c: [np.mean([s[c] for s in seeds]) for seeds in rows.values()]
+                for c in COLUMNS[:3]}
         ax.barh(y, mean["PQ"], 0.6, color="tab:blue", alpha=0.5, label="PQ")
         for k, seeds in enumerate(rows.values()):
             ax.text(2, k, f"{mean['PQ'][k]:.1f}", va="center")
