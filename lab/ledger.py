@@ -108,12 +108,11 @@ def totals(net, **image):
     of its own without the extra level. Frozen stages are the same in both and count once."""
     rows = seamless_ledger(net, **image)
     count, _, work = (sum(row[i] for row in rows.values()) for i in range(3))
-    extra = net.body.fpn.extra_blocks
-    more = parameters(net.body) - parameters(*net.body.stages[:net.body.frozen])
-    again = rows["ResNet"][2] + rows["pyramid"][2]
-    if extra:
-        c5 = torch.empty(1, extra.conv[0].in_channels, 32, 64, device=META)
-        more, again = more - parameters(extra), again - multiply_adds(extra.conv, c5)[0]
+    second = copy.deepcopy(net)
+    second.body.fpn.extra_blocks = None
+    alone = seamless_ledger(second, **image)
+    more = parameters(second.body) - parameters(*second.body.stages[:net.body.frozen])
+    again = alone["ResNet"][2] + alone["pyramid"][2]
     return {"one network": (count, work), "two networks": (count + more, work + again)}
 
 
