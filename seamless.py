@@ -493,7 +493,7 @@ class Seamless(nn.Module):
 
     def stages(self, fit):
         """One stage of SGD with Nesterov momentum, as in released code, or of AdamW (fit["adam"]).
-        With fit["decay_norms"] norms decay (Table 1, last row: not). Choice: and biases."""
+        With fit["decay_norms"] norms decay; in Table 1, last row, not. Choice: and biases."""
         learn = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in learn if p.ndim > 1], "weight_decay": fit["decay"]},
                   {"params": [p for p in learn if p.ndim < 2],

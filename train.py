@@ -164,7 +164,7 @@ def fit(model, batches, world, folder, save, begin=None, held_out=None, *, steps
             norm = nn.utils.clip_grad_norm_(trained, clip)
             optimiser.step()
             done, count, good = done + 1, count + 1, good + torch.isfinite(norm)
-            logs = done % interval == 0 or done == last        # last: no time of a stage is lost
+            logs = done % interval == 0 or done == last        # a stage ends: its time counts
             saves, number = world.due(logs)
             saves = saves or done == steps
             if logs or saves:
